@@ -1,0 +1,83 @@
+"""Run ComfyUI workflow templates from blocking Python code."""
+
+from comfy_executors.errors import (
+    AuthenticationError,
+    ComfyExecutorsError,
+    ExecutorClosedError,
+    GraphError,
+    InputImageError,
+    MissingExtraError,
+    NodeExecutionError,
+    NodeProblem,
+    OutputFileError,
+    OutputMissingError,
+    PromptLostError,
+    ResultsTakenError,
+    ServerError,
+    ServerNotReadyError,
+    ServerResponseError,
+    ServerUnreachableError,
+    TemplateError,
+    TemplateJSONError,
+    TemplateRenderError,
+    TemplateSyntaxError,
+    TemplateVariablesError,
+    UIFormatError,
+    WaitTimeoutError,
+    WorkflowCancelledError,
+    WorkflowError,
+    WorkflowInterruptedError,
+    WorkflowRejectedError,
+    WorkflowTimeoutError,
+)
+from comfy_executors.executors.base import BaseWorkflowExecutor
+from comfy_executors.executors.comfy_server import ComfyServerWorkflowExecutor
+from comfy_executors.executors.dummy import DummyWorkflowExecutor
+from comfy_executors.images import InputImage, WorkflowOutput, WorkflowOutputImage
+from comfy_executors.runs import Batch, BatchResult, ProgressEvent, WorkflowRun
+from comfy_executors.workflows import WorkflowTemplate
+
+__version__ = "0.2.0"
+
+__all__ = [
+    "AuthenticationError",
+    "BaseWorkflowExecutor",
+    "Batch",
+    "BatchResult",
+    "ComfyExecutorsError",
+    "ComfyServerWorkflowExecutor",
+    "DummyWorkflowExecutor",
+    "ExecutorClosedError",
+    "GraphError",
+    "InputImage",
+    "InputImageError",
+    "MissingExtraError",
+    "NodeExecutionError",
+    "NodeProblem",
+    "OutputFileError",
+    "OutputMissingError",
+    "ProgressEvent",
+    "PromptLostError",
+    "ResultsTakenError",
+    "ServerError",
+    "ServerNotReadyError",
+    "ServerResponseError",
+    "ServerUnreachableError",
+    "TemplateError",
+    "TemplateJSONError",
+    "TemplateRenderError",
+    "TemplateSyntaxError",
+    "TemplateVariablesError",
+    "UIFormatError",
+    "WaitTimeoutError",
+    "WorkflowCancelledError",
+    "WorkflowError",
+    "WorkflowInterruptedError",
+    "WorkflowOutput",
+    "WorkflowOutputImage",
+    "WorkflowRejectedError",
+    "WorkflowRun",
+    "WorkflowTemplate",
+    "WorkflowTimeoutError",
+    "__version__",
+]

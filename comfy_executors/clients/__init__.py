@@ -1,0 +1,1 @@
+"""Raw protocols, one file a service; they know nothing of executors."""

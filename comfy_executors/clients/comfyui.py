@@ -1,0 +1,347 @@
+"""The routes of a ComfyUI server, typed, with its refusals turned into our errors."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from comfy_executors.clients.http import Answer, HttpClient, Waiter
+from comfy_executors.errors import (
+    NodeExecutionError,
+    NodeProblem,
+    ServerResponseError,
+    WorkflowError,
+    WorkflowInterruptedError,
+    WorkflowRejectedError,
+)
+from comfy_executors.workflows import Graph, class_type, node_title
+
+DEFAULT_PORT = 8188
+# Our own mark on a prompt: servers before 0.3.x answer a post with an id of their own, and after a
+# lost answer this is the only way to find the prompt again.
+MARK = "comfy_executors_id"
+_NEAREST = 3
+_SHOWN_VALUE = 120
+
+
+@dataclass(frozen=True)
+class QueuedPrompt:
+    """The answer to a posted prompt.
+
+    Args:
+        prompt_id: Its id, which old servers choose themselves.
+        rejection: What the server left out of it, for a graph with several outputs.
+    """
+
+    prompt_id: str
+    rejection: WorkflowRejectedError | None = None
+
+
+@dataclass(frozen=True)
+class Queue:
+    """Who waits and who runs, as prompt ids; `marks` maps our marks to ids."""
+
+    running: frozenset[str]
+    pending: frozenset[str]
+    marks: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class HistoryEntry:
+    """A finished prompt.
+
+    Args:
+        outputs: `{node id: {key: [file or text …]}}`.
+        cached: The nodes that were answered from the cache.
+        error: Why it failed, or None.
+    """
+
+    outputs: Mapping[str, Mapping[str, Any]]
+    cached: frozenset[str]
+    error: WorkflowError | None
+
+
+class ComfyUIClient:
+    """Calls to one ComfyUI server, each once but for the GETs; see `HttpClient`."""
+
+    def __init__(self, http: HttpClient) -> None:
+        self.http = http
+
+    def check(self, waiter: Waiter) -> int:
+        """Ask whether a ComfyUI server answers, and return how many prompts it has.
+
+        Raises:
+            ServerError: Nobody answers, or somebody else does.
+        """
+        body = self._json(self.http.get("/prompt", waiter), "/prompt")
+        try:
+            return int(body["exec_info"]["queue_remaining"])
+        except (KeyError, TypeError, ValueError):
+            raise self._not_comfyui("/prompt", json.dumps(body)[:200]) from None
+
+    def post_prompt(
+        self, graph: Graph, prompt_id: str, client_id: str, waiter: Waiter
+    ) -> QueuedPrompt:
+        """Post a prompt, once: a second post of the same id would run twice.
+
+        Args:
+            graph: The graph.
+            prompt_id: Its id, a canonical UUID.
+            client_id: The websocket that its events go to. Without one, outputs of cached nodes
+                are missing from the history.
+            waiter: The deadline.
+
+        Raises:
+            WorkflowRejectedError: The server refuses all of it.
+            ServerError: There is no such answer.
+        """
+        body = {
+            "prompt": graph,
+            "prompt_id": prompt_id,
+            "client_id": client_id,
+            "extra_data": {MARK: prompt_id},
+        }
+        answer = self.http.call("POST", "/prompt", waiter, accept=(400,), json=body)
+        parsed = self._json(answer, "/prompt")
+        if answer.status == 400:
+            raise rejection(parsed, graph, self.http.base_url)
+        try:
+            queued = str(parsed["prompt_id"])
+        except (KeyError, TypeError):
+            raise self._not_comfyui("/prompt", answer.content[:200].decode("latin-1")) from None
+        partly = parsed.get("node_errors")
+        return QueuedPrompt(
+            queued, rejection(parsed, graph, self.http.base_url) if partly else None
+        )
+
+    def queue(self, waiter: Waiter) -> Queue:
+        """Return who runs and who waits."""
+        body = self._json(self.http.get("/queue", waiter), "/queue")
+        running, pending = body["queue_running"], body["queue_pending"]
+        marks = {item[3][MARK]: item[1] for item in [*running, *pending] if MARK in item[3]}
+        return Queue(
+            frozenset(item[1] for item in running), frozenset(item[1] for item in pending), marks
+        )
+
+    def history(self, prompt_id: str, graph: Graph, waiter: Waiter) -> HistoryEntry | None:
+        """Return a finished prompt, or None while the server has no entry of it."""
+        path = f"/history/{prompt_id}"
+        entry = self._json(self.http.get(path, waiter), path).get(prompt_id)
+        if entry is None:
+            return None
+        # `status` is null in entries of old servers; then the outputs are all there is.
+        messages = {kind: data for kind, data in (entry.get("status") or {}).get("messages", ())}
+        return HistoryEntry(
+            outputs=entry.get("outputs") or {},
+            cached=frozenset(messages.get("execution_cached", {}).get("nodes", ())),
+            error=_ending(messages, graph, self.http.base_url),
+        )
+
+    def find_marked(self, mark: str, waiter: Waiter) -> str | None:
+        """Return the id of the finished prompt that bears a mark of ours; looks at the newest."""
+        answer = self.http.get("/history", waiter, params={"max_items": "64"})
+        for prompt_id, entry in self._json(answer, "/history").items():
+            if (entry.get("prompt") or [0, 0, 0, {}])[3].get(MARK) == mark:
+                return str(prompt_id)
+        return None
+
+    def cancel(self, prompt_id: str, waiter: Waiter) -> None:
+        """Take a prompt out of the queue, or interrupt it; never another one.
+
+        Servers from 0.26 or so do it in one step. For older ones the queue is looked at before
+        the interrupt, because before 0.3.60 or so that stopped whatever ran.
+        """
+        path = f"/api/jobs/{prompt_id}/cancel"
+        answer = self.http.call("POST", path, waiter, accept=(404, 405), json={})
+        if answer.status == 200:
+            return
+        self.http.call("POST", "/queue", waiter, json={"delete": [prompt_id]})
+        if prompt_id in self.queue(waiter).running:
+            self.http.call("POST", "/interrupt", waiter, json={"prompt_id": prompt_id})
+
+    def view(self, name: str, subfolder: str, type: str, waiter: Waiter) -> bytes | None:
+        """Return the bytes of a file, or None when the server does not have it."""
+        params = {"filename": name, "subfolder": subfolder, "type": type}
+        answer = self.http.get("/view", waiter, accept=(404,), params=params)
+        return answer.content if answer.status == 200 else None
+
+    def upload(self, data: bytes, name: str, subfolder: str, waiter: Waiter) -> None:
+        """Put a file into the server's input folder, over one of the same name.
+
+        Our names follow from the content, so that repeating it changes nothing.
+
+        Raises:
+            ServerResponseError: The server refuses it: too large, or a bad name.
+        """
+        form = {"subfolder": subfolder, "type": "input", "overwrite": "true"}
+
+        def call() -> Answer:
+            files = {"image": (name, data)}
+            return self.http.call(
+                "POST", "/upload/image", waiter, accept=(400, 413), data=form, files=files
+            )
+
+        answer = self.http.retry(call, waiter)
+        if answer.status != 200:
+            reason = f"{len(data)} bytes are too many" if answer.status == 413 else "a bad name"
+            raise ServerResponseError(
+                f"{self.http.base_url} refuses the input image {name}: {reason}",
+                self.http.base_url,
+                answer.status,
+            )
+
+    def object_info(self, waiter: Waiter) -> dict[str, Any]:
+        """Return the description of all node classes."""
+        info: dict[str, Any] = self._json(self.http.get("/object_info", waiter), "/object_info")
+        return info
+
+    def system_stats(self, waiter: Waiter) -> dict[str, Any]:
+        """Return the server's version and devices."""
+        stats: dict[str, Any] = self._json(self.http.get("/system_stats", waiter), "/system_stats")
+        return stats
+
+    def _json(self, answer: Answer, path: str) -> Any:
+        try:
+            return answer.json()
+        except ValueError:
+            text = answer.content[:200].decode("utf-8", "replace")
+            what = "an HTML page" if "<" in text else repr(" ".join(text.split())[:80])
+            raise self._not_comfyui(path, what) from None
+
+    def _not_comfyui(self, path: str, what: str) -> ServerResponseError:
+        return ServerResponseError(
+            f"{self.http.base_url} answers {path} with {what}: no ComfyUI server, or a proxy or "
+            "login page in front of it; check the address and its path",
+            self.http.base_url,
+        )
+
+
+def rejection(body: Mapping[str, Any], graph: Graph, server: str | None) -> WorkflowRejectedError:
+    """Make one error of a 400's body, or of the `node_errors` of a 200."""
+    error = body.get("error") or {}
+    if isinstance(error, str):
+        error = {"message": error}
+    problems = [
+        _problem(str(node_id), node, item, graph)
+        for node_id, node in (body.get("node_errors") or {}).items()
+        for item in node.get("errors", ())
+    ]
+    kind, extra = str(error.get("type", "")), error.get("extra_info") or {}
+    if not problems and kind in ("missing_node_type", "invalid_prompt"):
+        # Servers before 0.33 name the node in the text only: "Node ID '#1'".
+        node_id = str(extra.get("node_id") or str(error.get("details", "")).strip("Node ID'#"))
+        if node_id in graph:
+            problems = [_missing_class(node_id, graph, kind)]
+    details = error.get("details") or ""
+    message = str(error.get("message", ""))
+    if details and details != message:
+        message += f" ({details})"
+    return WorkflowRejectedError(
+        problems, message, kind=kind, prompt_id=body.get("prompt_id"), server=server
+    )
+
+
+def _missing_class(node_id: str, graph: Graph, kind: str) -> NodeProblem:
+    name = class_type(graph, node_id)
+    reason = f"the server has no node class {name}; is its custom node package installed there?"
+    return NodeProblem(
+        node_id, name, node_title(graph, node_id), None, name, kind, reason
+    )
+
+
+def _problem(
+    node_id: str, node: Mapping[str, Any], item: Mapping[str, Any], graph: Graph
+) -> NodeProblem:
+    extra = item.get("extra_info") or {}
+    kind = str(item.get("type", ""))
+    details = str(item.get("details") or "")
+    value = extra.get("received_value")
+    reason = str(item.get("message") or kind)
+    nearest: tuple[str, ...] = ()
+    if kind == "value_not_in_list":
+        reason, nearest = _not_in_list(value, extra)
+    elif kind == "required_input_missing":
+        reason = "is required and missing"
+    elif kind == "exception_during_validation" and extra.get("exception_type") == "KeyError":
+        reason = f"it links to node {details}, which is not in the graph"
+    elif details and details != extra.get("input_name"):
+        reason += f": {details}"
+    return NodeProblem(
+        node_id=node_id,
+        class_type=node.get("class_type") or class_type(graph, node_id),
+        title=node_title(graph, node_id),
+        input_name=extra.get("input_name"),
+        value=value,
+        kind=kind,
+        reason=reason,
+        nearest=nearest,
+    )
+
+
+def _not_in_list(value: Any, extra: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """Word the commonest mistake; the server's own details list every file that there is."""
+    options = choices(extra.get("input_config"))
+    if options is None:
+        return f"{_shown(value)} is not in the list", ()
+    if not options:
+        return f"{_shown(value)} is not on the server, which has none to choose from", ()
+    return f"{_shown(value)} is not on the server", nearest_names(str(value), options)
+
+
+def choices(config: Any) -> list[str] | None:
+    """Return the values that an input's description lists, or None if it lists none."""
+    if not isinstance(config, (list, tuple)) or not config:
+        return None
+    options = config[0]
+    if options == "COMBO" and len(config) > 1 and isinstance(config[1], Mapping):
+        options = config[1].get("options")
+    return [str(option) for option in options] if isinstance(options, (list, tuple)) else None
+
+
+def nearest_names(name: str, names: Iterable[str]) -> tuple[str, ...]:
+    """Return the names most like a given one, best first, at most three."""
+    by_fold = {candidate.lower(): candidate for candidate in names}
+    close = difflib.get_close_matches(name.lower(), by_fold, n=_NEAREST, cutoff=0.4)
+    return tuple(by_fold[fold] for fold in close)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= _SHOWN_VALUE else f"{text[:_SHOWN_VALUE]}…"
+
+
+def execution_error(data: Mapping[str, Any], graph: Graph, server: str) -> NodeExecutionError:
+    """Make our error of the data of an `execution_error` message."""
+    node_id = str(data.get("node_id", ""))
+    traceback = data.get("traceback") or ""
+    return NodeExecutionError(
+        node_id=node_id,
+        class_type=data.get("node_type") or class_type(graph, node_id),
+        title=node_title(graph, node_id),
+        exception_type=str(data.get("exception_type", "Exception")),
+        exception_message=str(data.get("exception_message", "")).strip(),
+        traceback=traceback if isinstance(traceback, str) else "".join(traceback),
+        prompt_id=data.get("prompt_id"),
+        server=server,
+    )
+
+
+def interruption(data: Mapping[str, Any], server: str) -> WorkflowInterruptedError:
+    """Make our error of the data of an `execution_interrupted` message."""
+    return WorkflowInterruptedError(
+        f"somebody interrupted prompt {data.get('prompt_id')} on {server}",
+        prompt_id=data.get("prompt_id"),
+        server=server,
+    )
+
+
+def _ending(messages: Mapping[str, Any], graph: Graph, server: str) -> WorkflowError | None:
+    # `status_str` says "error" for interrupted prompts, too: only the messages tell.
+    if "execution_interrupted" in messages:
+        return interruption(messages["execution_interrupted"], server)
+    if "execution_error" in messages:
+        return execution_error(messages["execution_error"], graph, server)
+    return None

@@ -1,0 +1,390 @@
+"""HTTP for all clients: one session, one table of errors, one way to retry.
+
+`requests` raises in a dozen ways; here, and only here, they become the classes of `errors.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar, Union, cast
+from urllib.parse import urlsplit, urlunsplit
+
+import requests
+import tenacity
+import urllib3.exceptions
+from requests.adapters import HTTPAdapter
+from requests.auth import AuthBase
+
+from comfy_executors.errors import (
+    AuthenticationError,
+    ServerError,
+    ServerResponseError,
+    ServerUnreachableError,
+    WaitTimeoutError,
+)
+
+T = TypeVar("T")
+Auth = Union[tuple[str, str], AuthBase]
+
+CONNECT_SECONDS = 10.0
+READ_SECONDS = 60.0  # a ComfyUI server that loads a model can be silent for tens of seconds
+_FIRST_WAIT = 0.1
+_LONGEST_WAIT = 5.0
+_ATTEMPTS = 40
+_ATTEMPTS_BEFORE_FIRST_ANSWER = 3  # a wrong address should not take a minute to say so
+# What a proxy or an overloaded server answers for a while; 52x are Cloudflare's.
+_TRANSIENT = {408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524}
+
+
+class Waiter(Protocol):
+    """How a call waits: shortened by a deadline, ended by a cancellation."""
+
+    def sleep(self, seconds: float) -> None: ...
+
+    def limit(self, seconds: float) -> float: ...
+
+
+class DeadlineWaiter:
+    """A waiter for calls outside of any run: all of them together get so many seconds.
+
+    Args:
+        seconds: How long.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._until = time.monotonic() + seconds
+
+    def sleep(self, seconds: float) -> None:
+        """Wait; WaitTimeoutError when the time is up."""
+        threading.Event().wait(self.limit(seconds))
+
+    def limit(self, seconds: float) -> float:
+        """Shorten a time limit to what is left; WaitTimeoutError when nothing is."""
+        left = self._until - time.monotonic()
+        if left <= 0:
+            raise WaitTimeoutError(f"no answer within {self._seconds:g} s")
+        return min(seconds, left)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole answer.
+
+    Args:
+        status: The HTTP status.
+        headers: The headers; names in any case.
+        content: The body, complete.
+    """
+
+    status: int
+    headers: Mapping[str, str]
+    content: bytes
+
+    @property
+    def is_json(self) -> bool:
+        """Whether it says that it is JSON."""
+        return "json" in self.headers.get("content-type", "")
+
+    def json(self) -> Any:
+        """Parse the body; ValueError when it is no JSON."""
+        return json.loads(self.content)
+
+
+class _NoAuth(AuthBase):
+    """Keeps requests from taking a password out of ~/.netrc, over a header that the caller set."""
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        return request
+
+
+def parse_address(address: str, default_port: int) -> tuple[str, tuple[str, str] | None]:
+    """Make a base URL of what people write: `host:port`, or `http(s)://host/prefix`.
+
+    Args:
+        address: The address; a bare host gets the default port.
+        default_port: That port.
+
+    Returns:
+        The base URL without a slash at its end, and the user and password if it had them.
+
+    Raises:
+        ValueError: It is no such address.
+    """
+    text = address.strip()
+    has_scheme = "://" in text
+    parts = urlsplit(text if has_scheme else f"http://{text}")
+    try:
+        port = parts.port
+    except ValueError:
+        port = -1
+    host = parts.hostname
+    if parts.scheme not in ("http", "https") or not host or port == -1 or " " in text:
+        raise ValueError(f"not an address: {_without_user(address)!r}; write host:port or a URL")
+    if parts.query or parts.fragment:
+        raise ValueError(f"an address has no ? or #: {_without_user(address)!r}")
+    if port is None and not has_scheme:
+        port = default_port
+    host = f"[{host}]" if ":" in host else host
+    netloc = host if port is None else f"{host}:{port}"
+    user = (parts.username, parts.password or "") if parts.username is not None else None
+    return urlunsplit((parts.scheme, netloc, parts.path.rstrip("/"), "", "")), user
+
+
+def _without_user(address: str) -> str:
+    return address.rsplit("@", 1)[-1]
+
+
+class HttpClient:
+    """Calls to one server.
+
+    Args:
+        base_url: The server's URL, a path prefix included, without a slash at its end.
+        headers: Sent with each call, to this server only: redirects are not followed.
+        auth: User and password, or what `requests` takes as auth.
+        verify: Whether TLS certificates are checked, or the path of a CA bundle.
+        outage_timeout: Seconds for which failed calls are repeated, once the server has answered
+            at all.
+        connections: How many connections are kept open.
+
+    Raises:
+        ValueError: A header has characters that HTTP does not allow.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        auth: Auth | None = None,
+        verify: bool | str = True,
+        outage_timeout: float = 60.0,
+        connections: int = 10,
+    ) -> None:
+        self.base_url = base_url
+        self._headers = _checked_headers(headers or {})
+        self._auth = auth or _NoAuth()
+        self._verify = verify
+        self._outage_timeout = outage_timeout
+        self._connections = connections
+        self._answered = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Start with new connections; a forked child must not use its parent's."""
+        session = requests.Session()
+        session.headers.update(self._headers)
+        session.auth = self._auth
+        adapter = HTTPAdapter(pool_connections=1, pool_maxsize=self._connections, max_retries=0)
+        session.mount(self.base_url, adapter)
+        self._session = session
+        # Looked up once: requests would read the environment's proxies again for every call.
+        self._settings = session.merge_environment_settings(
+            self.base_url, {}, True, self._verify, None
+        )
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._session.close()
+
+    @property
+    def verify(self) -> bool | str:
+        """What certificates are checked against, the environment's CA bundle included."""
+        return cast("bool | str", self._settings["verify"])
+
+    def sent_headers(self) -> dict[str, str]:
+        """Return the headers that a call sends, those of `auth` included, for the websocket."""
+        request = self._session.prepare_request(requests.Request("GET", self.base_url))
+        own = {name.lower() for name in self._headers} | {"authorization", "cookie"}
+        return {name: value for name, value in request.headers.items() if name.lower() in own}
+
+    def get(self, path: str, waiter: Waiter, *, accept: tuple[int, ...] = (), **kwargs: Any) -> Answer:
+        """GET, repeated while the server is out of reach or overloaded. See `call`."""
+        return self.retry(lambda: self.call("GET", path, waiter, accept=accept, **kwargs), waiter)
+
+    def retry(self, call: Callable[[], T], waiter: Waiter) -> T:
+        """Repeat a call that is safe to repeat while its errors are transient.
+
+        Args:
+            call: The call.
+            waiter: Its deadline and cancellation end the waits in between, too.
+
+        Raises:
+            ServerError: The last error, after `outage_timeout` seconds, or at once if it is not
+                transient.
+        """
+        policy = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(is_transient),
+            stop=self._stop,
+            wait=_wait,
+            sleep=waiter.sleep,
+            reraise=True,
+        )
+        return policy(call)
+
+    def _stop(self, state: tenacity.RetryCallState) -> bool:
+        if not self._answered:
+            return state.attempt_number >= _ATTEMPTS_BEFORE_FIRST_ANSWER
+        elapsed = state.seconds_since_start or 0.0
+        return elapsed >= self._outage_timeout or state.attempt_number >= _ATTEMPTS
+
+    def call(
+        self,
+        method: str,
+        path: str,
+        waiter: Waiter,
+        *,
+        accept: tuple[int, ...] = (),
+        params: Mapping[str, str] | None = None,
+        json: Any = None,
+        data: Mapping[str, str] | None = None,
+        files: Any = None,
+    ) -> Answer:
+        """Make one call, once.
+
+        Args:
+            method: The HTTP method.
+            path: The path below the base URL.
+            waiter: Its deadline shortens the call's own time limits.
+            accept: Statuses beside 200 that the caller understands.
+            params: The query.
+            json: A body as JSON; or `data` and `files` for a form.
+
+        Raises:
+            ServerUnreachableError: No whole answer came; `maybe_received` tells whether the
+                server may have got the request.
+            AuthenticationError: 401 or 403.
+            ServerResponseError: Another status; `transient` tells whether to try again.
+        """
+        request = requests.Request(
+            method, self.base_url + path, params=params, json=json, data=data, files=files
+        )
+        limits = (waiter.limit(CONNECT_SECONDS), waiter.limit(READ_SECONDS))
+        answer = self._exchange(request, (max(limits[0], 0.01), max(limits[1], 0.01)))
+        if answer.status != 200 and answer.status not in accept:
+            raise self._refusal(f"{method} {path}", answer)
+        self._answered = True
+        return answer
+
+    def _exchange(self, request: requests.Request, timeout: tuple[float, float]) -> Answer:
+        try:
+            prepared = self._session.prepare_request(request)
+            with self._session.send(
+                prepared, timeout=timeout, allow_redirects=False, **self._settings
+            ) as response:
+                answer = Answer(response.status_code, response.headers, response.content)
+        except requests.RequestException as error:
+            raise self._unreachable(error) from error
+        expected = answer.headers.get("content-length")
+        encoded = "content-encoding" in answer.headers or request.method == "HEAD"
+        if expected and not encoded and len(answer.content) != int(expected):
+            # urllib3 before 2 does not notice.
+            raise ServerUnreachableError(
+                f"{self.base_url} cut an answer short: {len(answer.content)} of {expected} bytes",
+                server=self.base_url,
+                transient=True,
+                maybe_received=True,
+            )
+        return answer
+
+    def _unreachable(self, error: requests.RequestException) -> ServerError:
+        server = self.base_url
+        if isinstance(error, requests.exceptions.SSLError):
+            return ServerUnreachableError(
+                f"{server}: TLS failed: {_root_cause(error)}; pass verify= with the path of the "
+                "CA that signed its certificate",
+                server=server,
+            )
+        if isinstance(error, requests.exceptions.ReadTimeout):
+            message = f"{server} did not answer in time"
+        elif isinstance(error, requests.exceptions.ConnectTimeout):
+            message = f"{server} cannot be reached: no connection within {CONNECT_SECONDS:g} s"
+        else:
+            message = f"{server} cannot be reached: {_root_cause(error)}"
+        if not self._answered:
+            message += "; check the address, and that the server runs"
+        return ServerUnreachableError(
+            message, server=server, transient=True, maybe_received=not _never_sent(error)
+        )
+
+    def _refusal(self, what: str, answer: Answer) -> ServerError:
+        server, status = self.base_url, answer.status
+        if status in (401, 403):
+            hint = "is the key right?" if self._has_key() else "pass headers= or auth="
+            return AuthenticationError(
+                f"{server} answers {what} with {status}: {hint}", server=server, status=status
+            )
+        if 300 <= status < 400:
+            target = _without_query(answer.headers.get("location", ""))
+            return ServerResponseError(
+                f"{server} redirects {what} to {target}: use that address", server, status
+            )
+        return ServerResponseError(
+            f"{server} answers {what} with {status}: {_excerpt(answer)}",
+            server,
+            status,
+            transient=status in _TRANSIENT,
+            retry_after=_retry_after(answer),
+        )
+
+    def _has_key(self) -> bool:
+        return bool(self._headers) or not isinstance(self._auth, _NoAuth)
+
+
+def _checked_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    for name, value in headers.items():
+        # The value may be a key: it is not shown.
+        if not f"{name}{value}".isprintable() or not f"{name}{value}".isascii():
+            raise ValueError(f"the header {name!r} has characters that HTTP does not allow")
+    return dict(headers)
+
+
+def is_transient(error: BaseException) -> bool:
+    """Tell whether the same call may work a little later."""
+    return isinstance(error, ServerError) and error.transient
+
+
+def _wait(state: tenacity.RetryCallState) -> float:
+    error = state.outcome.exception() if state.outcome else None
+    backoff: float = tenacity.wait_random_exponential(_FIRST_WAIT, max=_LONGEST_WAIT)(state)
+    return max(backoff, _FIRST_WAIT, getattr(error, "retry_after", None) or 0.0)
+
+
+def _retry_after(answer: Answer) -> float | None:
+    text = answer.headers.get("retry-after", "")
+    # Longer than a minute helps nobody who waits; the form with a date is rare and ignored.
+    return min(float(text), 60.0) if text.isdigit() else None
+
+
+def _never_sent(error: requests.RequestException) -> bool:
+    if isinstance(error, requests.exceptions.ConnectTimeout):
+        return True
+    cause = error.args[0] if error.args else None
+    reason = getattr(cause, "reason", None)
+    return isinstance(reason, (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ConnectTimeoutError))
+
+
+def _root_cause(error: BaseException) -> str:
+    """Find the operating system's own words, such as `Connection refused`."""
+    seen: BaseException | None = error
+    words = type(error).__name__
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.strerror:
+            words = seen.strerror
+        seen = seen.__cause__ or seen.__context__
+    return words
+
+
+def _without_query(url: str) -> str:
+    return urlunsplit((*urlsplit(url)[:3], "", ""))
+
+
+def _excerpt(answer: Answer) -> str:
+    text = " ".join(answer.content[:2000].decode("utf-8", "replace").split())
+    if "<html" in text[:500].lower() or "<!doctype" in text[:500].lower():
+        return "an HTML page, not an answer of ComfyUI's API"
+    return text[:200] or "an empty body"

@@ -1,0 +1,380 @@
+"""One prompt on a ComfyUI server: post it, follow it, fetch what it makes.
+
+It is followed by the events of its websocket. Whenever these cannot be had (no connection, a lost
+one, silence for too long) the server's queue is asked, and then its history: in this order, since a
+prompt that ends moves from the one to the other in one step.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from comfy_executors.clients.comfyui import (
+    ComfyUIClient,
+    HistoryEntry,
+    QueuedPrompt,
+    execution_error,
+    interruption,
+)
+from comfy_executors.clients.comfyui_events import (
+    ConnectionLost,
+    Event,
+    EventStream,
+    ImageEvent,
+    PromptEvent,
+)
+from comfy_executors.clients.http import CONNECT_SECONDS, DeadlineWaiter
+from comfy_executors.errors import (
+    OutputMissingError,
+    PromptLostError,
+    ServerError,
+    WaitTimeoutError,
+    WorkflowError,
+)
+from comfy_executors.executors.control import JobControl
+from comfy_executors.images import WorkflowOutput, WorkflowOutputImage, kind_of
+from comfy_executors.runs import Batch, BatchResult, Job, ProgressEvent
+from comfy_executors.workflows import Graph, class_type, node_title
+
+logger = logging.getLogger(__name__)
+
+SILENCE_SECONDS = 20.0  # of a prompt whose websocket is up, until it is looked up all the same
+_FIRST_POLL, _LONGEST_POLL = 0.25, 2.0  # seconds between look-ups without a websocket
+_LOST_AFTER = 1.0  # seconds between the two look-ups that make a prompt a lost one
+_LATE_HISTORY = 15.0  # seconds that the history may lag behind the events
+_CANCEL_SECONDS = 10.0
+_ENDINGS = {"execution_success", "execution_error", "execution_interrupted"}
+
+
+class ComfyPrompt:
+    """One prompt, from posting it to its result.
+
+    Args:
+        client: The server's routes.
+        events: The server's websocket.
+        control: The job's deadline, cancel signal, mailbox and progress.
+        job: What the batches of the run share.
+        batch: The batch.
+        graph: Its graph.
+    """
+
+    def __init__(
+        self,
+        client: ComfyUIClient,
+        events: EventStream,
+        control: JobControl,
+        job: Job,
+        batch: Batch,
+        graph: Graph,
+    ) -> None:
+        self._client = client
+        self._events = events
+        self._control = control
+        self._job = job
+        self._batch = batch
+        self._graph = graph
+        self._server = client.http.base_url
+        # Images of such nodes come over the websocket and nowhere else.
+        self._websocket_nodes = frozenset(
+            node for node in graph if "websocket" in (class_type(graph, node) or "").lower()
+        )
+        self._id = str(uuid.uuid4())
+        self._client_id = ""
+        self._maybe_posted = False
+        self._begun = False
+        self._ended = False
+        self._missed_events = False
+        self._cached: set[str] = set()
+        self._fetched: set[tuple[str, ...]] = set()
+        self._previews = 0
+        self._images: list[WorkflowOutputImage] = []
+        self._outputs: list[WorkflowOutput] = []
+
+    def run(self) -> BatchResult:
+        """Post the prompt, wait for its end and return what it made.
+
+        Whatever stops us on the way, a prompt that may still be on the server is cancelled there.
+        """
+        client_id = self._events.client_id(self._control.limit(CONNECT_SECONDS))
+        # Without a client id, outputs of cached nodes are missing from the history.
+        self._client_id = client_id or uuid.uuid4().hex
+        try:
+            self._post()
+            self._follow()
+        except BaseException:
+            self._cancel()
+            raise
+        finally:
+            self._events.unsubscribe(self._id)
+        return self._result()
+
+    # Posting.
+
+    def _post(self) -> None:
+        self._subscribe()
+        queued = self._client.http.retry(self._post_once, self._control)
+        if queued.prompt_id != self._id:
+            self._events.unsubscribe(self._id)
+            self._id = queued.prompt_id
+            self._subscribe()
+        if queued.rejection is not None and not self._job.allow_partial:
+            raise queued.rejection
+        self._control.progress(ProgressEvent("queued", self._batch.index))
+
+    def _subscribe(self) -> None:
+        self._events.subscribe(self._id, self._client_id, self._hear, self._websocket_nodes)
+
+    def _post_once(self) -> QueuedPrompt:
+        # The server runs a prompt id that is posted twice two times: look before posting again.
+        if self._maybe_posted:
+            found = self._find_posted()
+            if found is not None:
+                return QueuedPrompt(found)
+        try:
+            return self._client.post_prompt(
+                self._graph, self._id, self._client_id, self._control
+            )
+        except ServerError as error:
+            self._maybe_posted = self._maybe_posted or error.maybe_received
+            raise
+
+    def _find_posted(self) -> str | None:
+        """Look twice for a prompt whose post had no answer; servers may still be busy with it."""
+        for _ in range(2):
+            queue = self._client.queue(self._control)
+            if self._id in queue.running or self._id in queue.pending:
+                return self._id
+            if self._id in queue.marks:
+                return queue.marks[self._id]
+            if self._client.history(self._id, self._graph, self._control) is not None:
+                return self._id
+            marked = self._client.find_marked(self._id, self._control)
+            if marked is not None:
+                return marked
+            self._control.sleep(_LOST_AFTER)
+        return None
+
+    def _cancel(self) -> None:
+        if self._ended or not self._maybe_posted:
+            return
+        # A waiter of its own: the job's has passed its deadline or was cancelled.
+        waiter = DeadlineWaiter(_CANCEL_SECONDS)
+        try:
+            self._client.http.retry(lambda: self._client.cancel(self._id, waiter), waiter)
+        except (ServerError, WaitTimeoutError) as error:
+            logger.warning("prompt %s on %s may run on: %s", self._id, self._server, error)
+
+    # Following.
+
+    def _hear(self, event: Event) -> None:
+        """Take an event from the reader's thread."""
+        if isinstance(event, PromptEvent) and event.type in _ENDINGS:
+            # At once, and not after the downloads that lie before it in the mailbox: the server
+            # is free for the next prompt.
+            self._control.end()
+        self._control.post(event)
+
+    def _follow(self) -> None:
+        poll = _FIRST_POLL
+        while not self._ended:
+            live = self._events.is_live(self._client_id)
+            event = self._control.receive(SILENCE_SECONDS if live else poll)
+            if isinstance(event, ConnectionLost):
+                self._missed_events = True
+                self._look_up()
+            elif event is not None:
+                self._take(event)
+            else:
+                self._look_up()
+                poll = min(_LONGEST_POLL, 1.6 * poll)
+                if live and self._ended:
+                    # It ended without a word: the connection is deaf.
+                    self._missed_events = True
+                    self._events.drop(self._client_id)
+
+    def _look_up(self) -> None:
+        """Ask the queue, then the history; twice nothing means that the server lost the prompt."""
+        for attempt in range(2):
+            queue = self._client.queue(self._control)
+            if self._id in queue.running:
+                self._begin()
+                return
+            if self._id in queue.pending:
+                return
+            entry = self._client.history(self._id, self._graph, self._control)
+            if entry is not None:
+                self._settle(entry)
+                return
+            if attempt == 0:
+                self._control.sleep(_LOST_AFTER)
+        self._ended = True  # there is nothing to cancel
+        raise PromptLostError(
+            f"{self._server} has prompt {self._id} neither in its queue nor in its history: it "
+            "was restarted, or somebody cleared its queue",
+            prompt_id=self._id,
+            server=self._server,
+        )
+
+    def _take(self, event: PromptEvent | ImageEvent) -> None:
+        if isinstance(event, ImageEvent):
+            self._add_websocket_image(event)
+            return
+        data = event.data
+        if event.type == "execution_start":
+            self._begin()
+        elif event.type == "execution_cached":
+            self._cached.update(data.get("nodes", ()))
+        elif event.type == "executing" and data.get("node") is None:
+            # Servers of 2023 and 2024 have no other ending; newer ones send it after theirs.
+            self._look_up()
+        elif event.type in ("executing", "progress"):
+            self._report_node(event)
+        elif event.type == "executed":
+            self._fetch_node(str(data["node"]), data.get("output") or {})
+        elif event.type in _ENDINGS:
+            self._end(event)
+
+    def _begin(self) -> None:
+        if not self._begun:
+            self._begun = True
+            self._control.begin(self._batch)
+
+    def _report_node(self, event: PromptEvent) -> None:
+        node = str(event.data.get("node"))
+        title = node_title(self._graph, node) or class_type(self._graph, node)
+        if event.type == "executing":
+            self._control.progress(ProgressEvent("node", self._batch.index, node, title))
+            return
+        step, steps = event.data.get("value"), event.data.get("max")
+        if isinstance(step, (int, float)) and isinstance(steps, (int, float)):
+            self._control.progress(
+                ProgressEvent("step", self._batch.index, node, title, int(step), int(steps))
+            )
+
+    # Ending.
+
+    def _end(self, event: PromptEvent) -> None:
+        self._ended = True
+        if event.type == "execution_error":
+            raise execution_error(event.data, self._graph, self._server)
+        if event.type == "execution_interrupted":
+            raise interruption(event.data, self._server)
+        if self._missed_events:
+            self._settle(self._late_history())
+
+    def _late_history(self) -> HistoryEntry:
+        """Read the history of a prompt that has ended; the entry can come after the events."""
+        waiter, pause = DeadlineWaiter(_LATE_HISTORY), 0.05
+        while True:
+            entry = self._client.history(self._id, self._graph, self._control)
+            if entry is not None:
+                return entry
+            self._control.sleep(waiter.limit(pause))
+            pause *= 2
+
+    def _settle(self, entry: HistoryEntry) -> None:
+        self._ended = True
+        self._control.end()
+        if entry.error is not None:
+            raise entry.error
+        self._cached |= entry.cached
+        for node, output in entry.outputs.items():
+            self._fetch_node(node, output)
+
+    def _result(self) -> BatchResult:
+        if self._websocket_nodes and self._missed_events:
+            raise PromptLostError(
+                f"images of node {min(self._websocket_nodes)} come only over the websocket, and "
+                "that was lost",
+                prompt_id=self._id,
+                server=self._server,
+            )
+        if not self._images and not self._outputs:
+            if self._previews:
+                raise WorkflowError(
+                    f"prompt {self._id} made only previews: pass include_previews=True, or save "
+                    "with a SaveImage node",
+                    prompt_id=self._id,
+                    server=self._server,
+                )
+            logger.warning("prompt %s on %s made nothing", self._id, self._server)
+        return BatchResult(
+            index=self._batch.index,
+            images=self._images,
+            outputs=self._outputs,
+            seed=self._batch.seed,
+            prompt_id=self._id,
+            server=self._server,
+        )
+
+    # Fetching.
+
+    def _fetch_node(self, node: str, output: Mapping[str, Any]) -> None:
+        for key, items in output.items():
+            for number, item in enumerate(items if isinstance(items, list) else ()):
+                if isinstance(item, dict) and isinstance(item.get("filename"), str):
+                    self._fetch_file(node, item)
+                elif not isinstance(item, bool):  # such as `animated: [true]`
+                    self._add_value(node, key, number, item)
+
+    def _fetch_file(self, node: str, item: Mapping[str, Any]) -> None:
+        name = item["filename"]
+        subfolder, type_ = str(item.get("subfolder") or ""), str(item.get("type") or "output")
+        if type_ == "temp" and not self._job.include_previews:
+            self._previews += 1
+            return
+        if self._is_new(node, type_, subfolder, name):
+            data = self._client.view(name, subfolder, type_, self._control)
+            if data is None:
+                raise self._missing(node, name)
+            self._add(data, node, name, subfolder, type_)
+
+    def _missing(self, node: str, name: str) -> OutputMissingError:
+        cached = node in self._cached
+        why = "it was deleted since, and the server's cache still names it" if cached else "404"
+        return OutputMissingError(
+            f"{self._server} does not have {name} of node {node}: {why}",
+            cached=cached,
+            node_id=node,
+            prompt_id=self._id,
+            server=self._server,
+        )
+
+    def _add_value(self, node: str, key: str, number: int, value: Any) -> None:
+        text, suffix = (value, "txt") if isinstance(value, str) else (json.dumps(value), "json")
+        if self._is_new(node, key, str(number)):
+            self._add(text.encode("utf-8", "replace"), node, f"{key}.{suffix}", "", "text")
+
+    def _add_websocket_image(self, event: ImageEvent) -> None:
+        number = len(self._images) + 1
+        name = f"{class_type(self._graph, event.node_id)}_{number:05d}_{event.suffix}"
+        self._add(event.data, event.node_id, name, "", "websocket")
+
+    def _is_new(self, *key: str) -> bool:
+        """Tell whether an output is seen for the first time: events and history both name it."""
+        new = key not in self._fetched
+        self._fetched.add(key)
+        return new
+
+    def _add(self, data: bytes, node: str, name: str, subfolder: str, type_: str) -> None:
+        is_image = kind_of(name) == "image"
+        output = (WorkflowOutputImage if is_image else WorkflowOutput)(
+            data,
+            name=name,
+            subfolder=subfolder,
+            type=type_,
+            node_id=node,
+            batch_index=self._batch.index,
+            seed=self._batch.seed,
+            prompt_id=self._id,
+            server=self._server,
+            cached=node in self._cached,
+        )
+        if isinstance(output, WorkflowOutputImage):
+            self._images.append(output)
+        else:
+            self._outputs.append(output)

@@ -1,0 +1,211 @@
+"""Running batches on a ComfyUI server. The way of one prompt stands in `comfy_prompt.py`."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import uuid
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from comfy_executors.clients.comfyui import DEFAULT_PORT, ComfyUIClient
+from comfy_executors.clients.comfyui_events import EventStream
+from comfy_executors.clients.http import Auth, DeadlineWaiter, HttpClient, parse_address
+from comfy_executors.errors import (
+    OutputMissingError,
+    PromptLostError,
+    ServerError,
+    ServerNotReadyError,
+    WaitTimeoutError,
+    WorkflowRejectedError,
+)
+from comfy_executors.executors.base import BaseWorkflowExecutor
+from comfy_executors.executors.comfy_prompt import ComfyPrompt
+from comfy_executors.executors.control import JobControl
+from comfy_executors.images import InputImageSet
+from comfy_executors.runs import Batch, BatchResult, Job
+from comfy_executors.workflows import Graph
+
+logger = logging.getLogger(__name__)
+
+Self = TypeVar("Self", bound="ComfyServerWorkflowExecutor")
+
+
+class ComfyServerWorkflowExecutor(BaseWorkflowExecutor):
+    """Run workflow templates on a ComfyUI server.
+
+    Args:
+        address: `host:port`, a bare host (port 8188), or `http(s)://host/prefix`.
+        batch_size: How many images one execution of the graph makes, for templates that say
+            `batch_size`.
+        input_base_dir: What templates see before the folder in `input_images_dir`.
+        max_workers: How many prompts are kept queued, the running one included.
+        headers: Sent with each HTTP call and with the websocket, to this server only.
+        auth: User and password for basic auth, or what `requests` takes.
+        verify: Whether TLS certificates are checked, or the path of a CA bundle.
+        outage_timeout: Seconds that a server which has answered before may be out of reach (while
+            it restarts, say) until the batches that wait for it fail.
+
+    Raises:
+        ValueError: The address or a number is none.
+    """
+
+    _greeted: bool
+    _uploads: dict[str, Future[None]]  # by the set's folder, which follows from its content
+    _uploads_lock: threading.Lock
+
+    def __init__(
+        self,
+        address: str = "localhost:8188",
+        batch_size: int = 1,
+        input_base_dir: str = "input",
+        *,
+        max_workers: int = 4,
+        headers: Mapping[str, str] | None = None,
+        auth: Auth | None = None,
+        verify: bool | str = True,
+        outage_timeout: float = 60.0,
+    ) -> None:
+        super().__init__(batch_size, max_workers=max_workers)
+        self.input_base_dir = input_base_dir.rstrip("/")
+        self.url, user = parse_address(address, DEFAULT_PORT)
+        self._http = HttpClient(
+            self.url,
+            headers=headers,
+            auth=auth or user,
+            verify=verify,
+            outage_timeout=outage_timeout,
+            connections=2 * max_workers + 1,
+        )
+        self._client = ComfyUIClient(self._http)
+        self._events = EventStream(self._http)
+        self._reset_knowledge()
+
+    @classmethod
+    def create(cls: type[Self], comfy_host: str, *args: Any, **kwargs: Any) -> Self:
+        """Make an executor; the name that comfy-executors 0.1.0 had for it.
+
+        It takes the constructor's arguments, and works in `with` and in `async with`.
+        """
+        return cls(comfy_host, *args, **kwargs)
+
+    def wait_until_ready(self, timeout: float = 60.0) -> None:
+        """Wait for a server that is still starting.
+
+        Args:
+            timeout: Seconds to wait.
+
+        Raises:
+            ServerNotReadyError: It did not answer as a ComfyUI server in time; the last error is
+                its cause.
+            AuthenticationError: It answers 401 or 403.
+        """
+        waiter = DeadlineWaiter(timeout)
+        last: ServerError | None = None
+        while True:
+            try:
+                self._client.check(waiter)
+                return
+            except WaitTimeoutError as error:
+                raise ServerNotReadyError(
+                    f"{self.url} was not ready within {timeout:g} s"
+                    + (f"; last: {last}" if last else ""),
+                    self.url,
+                ) from (last or error)
+            except ServerError as error:
+                if not error.transient:
+                    raise
+                last = error
+
+    def _run_job(self, job: Job, control: JobControl) -> Iterator[BatchResult]:
+        (batch,) = job.batches
+        graph = batch.render(batch)
+        try:
+            yield self._run_batch(batch, graph, job, control)
+        except PromptLostError:
+            self._forget_uploads()  # a server that started anew may have lost them, too
+            raise
+        except OutputMissingError as error:
+            if not error.cached or error.node_id is None:
+                raise
+            # The server's cache names files that were deleted since. An input that the node does
+            # not have makes that node run again, and nothing else.
+            logger.warning("batch %d is run again with its cache broken: %s", batch.index, error)
+            yield self._run_batch(batch, _break_cache(graph, error.node_id), job, control)
+
+    def _run_batch(self, batch: Batch, graph: Graph, job: Job, control: JobControl) -> BatchResult:
+        self._greet(control)
+        uploaded = self._upload(job.input_images, control)
+        prompt = ComfyPrompt(self._client, self._events, control, job, batch, graph)
+        try:
+            return prompt.run()
+        except WorkflowRejectedError:
+            if uploaded or job.input_images is None:
+                raise
+            # Input images that an earlier run uploaded may be gone with the server's disk.
+            self._forget_uploads()
+            self._upload(job.input_images, control)
+        return ComfyPrompt(self._client, self._events, control, job, batch, graph).run()
+
+    def _greet(self, control: JobControl) -> None:
+        """Make sure, once, that a ComfyUI server is there, before anything is sent to it."""
+        if not self._greeted:
+            self._client.check(control)
+            self._greeted = True
+
+    def _upload(self, images: InputImageSet | None, control: JobControl) -> bool:
+        """Upload a set of images unless that was done; tell whether it was done just now."""
+        while images is not None:
+            with self._uploads_lock:
+                future = self._uploads.get(images.folder)
+                if future is None:
+                    mine = self._uploads[images.folder] = Future()
+            if future is None:
+                self._upload_as_first(images, mine, control)
+                return True
+            control.wait_for(future)
+            if future.exception() is None:
+                return False
+            # Whoever was first failed, perhaps only because its run was cancelled: our turn.
+        return False
+
+    def _upload_as_first(
+        self, images: InputImageSet, mine: Future[None], control: JobControl
+    ) -> None:
+        try:
+            for name, data in images.files.items():
+                self._client.upload(data, name, images.folder, control)
+        except BaseException as error:
+            with self._uploads_lock:
+                self._uploads.pop(images.folder, None)
+            mine.set_exception(error)
+            raise
+        mine.set_result(None)
+
+    def _forget_uploads(self) -> None:
+        with self._uploads_lock:
+            self._uploads = {k: future for k, future in self._uploads.items() if not future.done()}
+
+    def _close_backend(self) -> None:
+        self._events.close()
+        self._http.close()
+
+    def _reset_backend(self) -> None:
+        self._http.reset()
+        self._events.reset()
+        self._reset_knowledge()
+
+    def _reset_knowledge(self) -> None:
+        self._greeted = False
+        self._uploads = {}
+        self._uploads_lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.url} {super().__repr__().split(' ', 1)[1]}"
+
+
+def _break_cache(graph: Graph, node_id: str) -> Graph:
+    node = graph[node_id]
+    inputs = {**node["inputs"], "comfy_executors_again": uuid.uuid4().hex}
+    return {**graph, node_id: {**node, "inputs": inputs}}

@@ -1,0 +1,151 @@
+"""What a backend is given beside its job: deadlines, the cancel signal, a mailbox, progress."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+from comfy_executors.errors import WorkflowCancelledError, WorkflowTimeoutError
+from comfy_executors.runs import Batch, ProgressEvent, WorkflowRun
+
+
+class JobControl:
+    """The strings that hold a running job; a backend's every wait goes through it.
+
+    Each wait ends at once when the run is cancelled, and at the deadline at the latest.
+    """
+
+    def __init__(self, run: WorkflowRun, release_place: Callable[[], None]) -> None:
+        self._run = run
+        self._release_place = release_place
+        self._changed = threading.Condition()
+        self._mail: deque[Any] = deque()
+        self._cancel_reason: str | None = None
+        self._deadline = run.deadline
+        self._limit = f"the run's timeout of {run.options.timeout} s"
+        self._has_place = True
+        self.attempt = 0
+
+    # For the executor, the run, and whoever brings news.
+
+    def next_attempt(self) -> None:
+        """Start anew: no mail of the attempt before, and no deadline but the run's."""
+        self.attempt += 1
+        self._set_deadline(None)
+        with self._changed:
+            self._mail.clear()
+
+    def cancel(self, reason: str) -> None:
+        """Make the job stop: its next wait, or the present one, raises."""
+        with self._changed:
+            self._cancel_reason = reason
+            self._changed.notify_all()
+
+    def post(self, item: Any) -> None:
+        """Put something into the job's mailbox; any thread may."""
+        with self._changed:
+            self._mail.append(item)
+            self._changed.notify_all()
+
+    # For the backend.
+
+    def receive(self, timeout: float) -> Any | None:
+        """Wait for mail.
+
+        Args:
+            timeout: Seconds to wait at the most.
+
+        Returns:
+            The next item, or None when none came in time.
+
+        Raises:
+            WorkflowCancelledError: The run was cancelled.
+            WorkflowTimeoutError: The run's or the batch's deadline passed.
+        """
+        until = time.monotonic() + timeout
+        with self._changed:
+            while True:
+                self._check()
+                if self._mail:
+                    return self._mail.popleft()
+                left = until - time.monotonic()
+                if left <= 0:
+                    return None
+                self._changed.wait(self._cap(left))
+
+    def sleep(self, seconds: float) -> None:
+        """Wait, for a backoff; mail stays in the mailbox. Raises as `receive` does."""
+        until = time.monotonic() + seconds
+        with self._changed:
+            self._check()
+            while (left := until - time.monotonic()) > 0:
+                self._changed.wait(self._cap(left))
+                self._check()
+
+    def wait_for(self, future: Future[Any]) -> None:
+        """Wait until a future is done, whatever came of it. Raises as `receive` does."""
+        future.add_done_callback(self._notify)
+        with self._changed:
+            while not future.done():
+                self._check()
+                self._changed.wait(self._cap(threading.TIMEOUT_MAX))
+
+    def limit(self, seconds: float) -> float:
+        """Shorten a time limit, in seconds, to what the deadline leaves of it."""
+        with self._changed:
+            self._check()
+            return self._cap(seconds)
+
+    def begin(self, batch: Batch) -> None:
+        """Say that the batch's execution began; its `batch_timeout` counts from here."""
+        timeout = self._run.options.batch_timeout
+        if timeout is not None:
+            self._set_deadline(timeout)
+        self.progress(ProgressEvent("started", batch.index))
+
+    def end(self) -> None:
+        """Say that execution ended, so that the server is free for another job's batch.
+
+        What is left, such as downloads, is counted against no deadline but the run's.
+        """
+        self._set_deadline(None)
+        with self._changed:
+            has_place, self._has_place = self._has_place, False
+        if has_place:
+            self._release_place()
+
+    def progress(self, event: ProgressEvent) -> None:
+        """Pass a progress event on to the run's `on_progress`."""
+        self._run._report(event)
+
+    # Inside.
+
+    def _notify(self, _: Future[Any]) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _set_deadline(self, batch_timeout: float | None) -> None:
+        run = self._run
+        deadline, limit = run.deadline, f"the run's timeout of {run.options.timeout} s"
+        if batch_timeout is not None:
+            batch_deadline = time.monotonic() + batch_timeout
+            if deadline is None or batch_deadline < deadline:
+                deadline, limit = batch_deadline, f"the batch_timeout of {batch_timeout} s"
+        with self._changed:
+            self._deadline, self._limit = deadline, limit
+            self._changed.notify_all()
+
+    def _check(self) -> None:
+        if self._cancel_reason is not None:
+            raise WorkflowCancelledError(self._cancel_reason)
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            raise WorkflowTimeoutError(f"{self._limit} passed")
+
+    def _cap(self, seconds: float) -> float:
+        if self._deadline is None:
+            return max(0.0, seconds)
+        return max(0.0, min(seconds, self._deadline - time.monotonic()))

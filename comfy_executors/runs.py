@@ -1,0 +1,481 @@
+"""What a caller holds while its images are made: a run, its batches, their results, progress.
+
+A run shares one lock with the executor that works on it; its condition is notified at each change.
+How a batch gets from here to a server and back stands in `executors/base.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn, Protocol
+
+from comfy_executors.errors import (
+    ResultsTakenError,
+    WaitTimeoutError,
+    WorkflowCancelledError,
+    WorkflowError,
+    WorkflowTimeoutError,
+)
+from comfy_executors.images import InputImageSet, WorkflowOutput, WorkflowOutputImage
+from comfy_executors.workflows import Graph
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One execution of the graph: the unit of futures, retries and errors.
+
+    Args:
+        index: Its place in the run, from 0.
+        size: How many images it makes at the most.
+        seed: The seed of its graph, or None where the graph's own seeds stay.
+        render: Makes the graph; called when the batch is handed to a backend.
+    """
+
+    index: int
+    size: int
+    seed: int | None
+    render: Callable[[Batch], Graph] = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a backend is handed at once: one batch or several, and what they share.
+
+    Args:
+        batches: The batches, in order.
+        input_images: The images that their graphs refer to, or None.
+        include_previews: Whether outputs of type `temp` are wanted too.
+        allow_partial: Whether a graph of which the server refuses some outputs may run.
+    """
+
+    batches: Sequence[Batch]
+    input_images: InputImageSet | None = None
+    include_previews: bool = False
+    allow_partial: bool = False
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """What one batch made.
+
+    Args:
+        index: The batch's place in the run, from 0.
+        images: Its images, in the order in which the server reported them.
+        outputs: Everything else that its nodes reported: videos, audio, text, files.
+        seed: The seed that was used, or None where the graph's own seeds stayed.
+        prompt_id: The prompt on the server, where there is one.
+        server: The address of the server, without keys.
+        seconds: How long it took from being handed out to its last byte.
+        attempts: How often it was started; more than 1 after a retry.
+    """
+
+    index: int
+    images: list[WorkflowOutputImage] = field(repr=False)
+    outputs: list[WorkflowOutput] = field(default_factory=list, repr=False)
+    seed: int | None = None
+    prompt_id: str | None = None
+    server: str | None = None
+    seconds: float = 0.0
+    attempts: int = 1
+
+
+@dataclass(frozen=True)
+class ProgressEvent:
+    """One step of a run, as `on_progress` is told.
+
+    Args:
+        kind: `queued` (handed to the server), `started` (the server began), `node` (a node
+            began), `step` (a node's progress), `retry`, `done` or `failed` (of the batch).
+        batch: The batch's index, from 0.
+        node: The node's id, for `node` and `step`.
+        title: The node's title, or its class where it has no title.
+        step: The step reached, for `step`; the images made, for `done`.
+        max: The number of steps, for `step`; the batch's size, for `done`.
+        message: A sentence, for `retry` and `failed`.
+    """
+
+    kind: str
+    batch: int
+    node: str | None = None
+    title: str | None = None
+    step: int | None = None
+    max: int | None = None
+    message: str | None = None
+
+
+ProgressCallback = Callable[[ProgressEvent], object]
+
+
+class Cancellable(Protocol):
+    """The running job as its run sees it."""
+
+    def cancel(self, reason: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is worked on and handed out; see `BaseWorkflowExecutor.submit_workflow`."""
+
+    ordered: bool = False
+    ignore_errors: bool = False
+    timeout: float | None = None
+    batch_timeout: float | None = None
+    on_progress: ProgressCallback | None = None
+    output_dir: Path | None = None
+
+
+class WorkflowRun:
+    """The images of one `submit_workflow` call, while they are made and afterwards.
+
+    Iterating yields each image once, as batches complete, or in order with `ordered=True`; several
+    threads may share one iteration. Batches are handed to the server as results are taken, so that
+    a slow consumer does not fill the memory; asking for `futures`, `result()` or `outputs()`, and
+    `output_dir=`, lift that bound.
+    """
+
+    def __init__(
+        self,
+        batches: Sequence[Batch],
+        job: Job,
+        options: RunOptions,
+        *,
+        lock: threading.Lock,
+        window: int,
+        on_room: Callable[[], None],
+    ) -> None:
+        self.batches = tuple(batches)
+        self.job = job
+        self.options = options
+        timeout = options.timeout
+        self.deadline = None if timeout is None else time.monotonic() + timeout
+        self._changed = threading.Condition(lock)
+        self._window = window
+        self._on_room = on_room
+        self._progress_lock = threading.Lock()
+
+        self._next = 0  # the first batch that was not handed out
+        self._settled = 0
+        self._taken = 0  # batches whose images iteration took
+        self._arrived: deque[int] = deque()  # settled and not taken, as they completed
+        self._current: deque[WorkflowOutputImage] = deque()  # of the batch taken last
+        self._active: dict[int, Cancellable] = {}
+        # Futures exist from the hand-out, or from when somebody asked for all of them, until
+        # iteration takes their result: they are what holds the images.
+        self._futures: dict[int, Future[BatchResult]] = {}
+        self._keep = False
+        self._unbounded = options.output_dir is not None
+        self._cancelled = False
+        self._errors: dict[int, BaseException] = {}
+        self._raised: BaseException | None = None
+        self._others: dict[int, list[WorkflowOutput]] = {}
+        self._images_made = 0
+
+    # What a caller does with it.
+
+    def __iter__(self) -> Iterator[WorkflowOutputImage]:
+        return self
+
+    def __next__(self) -> WorkflowOutputImage:
+        """Return the next image, waiting for it.
+
+        Raises:
+            StopIteration: All images were handed out.
+            WorkflowError: A batch failed and `ignore_errors` is off; the rest of the run is
+                cancelled. Timeouts and cancellation are kinds of it.
+        """
+        while True:
+            with self._changed:
+                if self._current:
+                    return self._current.popleft()
+                if self._raised is not None:
+                    raise self._raised
+                if self._taken == len(self.batches):
+                    raise StopIteration
+                index = self._take()
+                if index is None:
+                    self._changed.wait()
+                    continue
+            self._open(index)
+
+    @property
+    def futures(self) -> list[Future[BatchResult]]:
+        """One `concurrent.futures.Future` for each batch, in order; each gives a `BatchResult`.
+
+        They are the standard library's: `wait`, `as_completed`, `add_done_callback` and
+        `asyncio.wrap_future` take them. As there, `cancel()` of a future whose batch was handed
+        out does nothing; `WorkflowRun.cancel` interrupts it.
+
+        Raises:
+            ResultsTakenError: Iteration has handed out images already, which are not kept.
+        """
+        with self._changed:
+            self._want_everything("futures")
+            futures = [self._future(index) for index in range(len(self.batches))]
+        self._on_room()
+        return futures
+
+    def result(self, timeout: float | None = None) -> list[WorkflowOutputImage]:
+        """Wait for the whole run and return every image, in order.
+
+        Args:
+            timeout: Seconds to wait; None waits as long as it takes.
+
+        Returns:
+            The images of all batches; with `ignore_errors=True`, of those that succeeded.
+
+        Raises:
+            WaitTimeoutError: It took longer than `timeout`; the run goes on.
+            WorkflowError: A batch failed and `ignore_errors` is off; the rest of the run is
+                cancelled. Timeouts and cancellation are kinds of it.
+            ResultsTakenError: Iteration has handed out images already, which are not kept.
+        """
+        with self._changed:
+            self._want_everything("result()")
+        self._on_room()
+        self._wait_settled(timeout)
+        return [image for result in self._results() for image in result.images]
+
+    def outputs(self, timeout: float | None = None) -> list[WorkflowOutput]:
+        """Wait for the whole run and return what it made beside images, in order.
+
+        Videos, audio, text and other files stay in memory (or on disk, with `output_dir=`) until
+        the run is dropped, also while its images are iterated over.
+
+        Args:
+            timeout: Seconds to wait; None waits as long as it takes.
+
+        Raises:
+            WaitTimeoutError: It took longer than `timeout`; the run goes on.
+            WorkflowError: A batch failed and `ignore_errors` is off; the rest is cancelled.
+        """
+        with self._changed:
+            self._unbounded = True
+        self._on_room()
+        self._wait_settled(timeout)
+        with self._changed:
+            return [output for index in sorted(self._others) for output in self._others[index]]
+
+    def cancel(self) -> bool:
+        """Cancel what is queued and interrupt what runs, only of this run.
+
+        It returns at once; the worker threads see to the server. Batches that were handed out
+        fail with `WorkflowCancelledError`, the futures of the others are cancelled.
+
+        Returns:
+            Whether there was anything left to cancel.
+        """
+        return self._stop(WorkflowCancelledError, "the run was cancelled")
+
+    def cancelled(self) -> bool:
+        """Tell whether the run was cancelled before it was done."""
+        with self._changed:
+            return self._cancelled
+
+    def done(self) -> bool:
+        """Tell whether every batch has succeeded, failed or been cancelled."""
+        with self._changed:
+            return self._settled == len(self.batches)
+
+    @property
+    def errors(self) -> dict[int, BaseException]:
+        """The errors of the batches that failed, by batch index."""
+        with self._changed:
+            return dict(sorted(self._errors.items()))
+
+    def __repr__(self) -> str:
+        with self._changed:
+            return (
+                f"<WorkflowRun batches={len(self.batches)} running={len(self._active)} "
+                f"done={self._settled - len(self._errors)} failed={len(self._errors)}>"
+            )
+
+    # Inside, for the caller's side.
+
+    def _want_everything(self, what: str) -> None:
+        if self._taken and not self._keep:
+            raise ResultsTakenError(
+                f"{self._taken} batches were handed out by iteration and are not kept: "
+                f"ask for {what} before iterating, or keep the images yourself"
+            )
+        self._keep = self._unbounded = True
+
+    def _future(self, index: int) -> Future[BatchResult]:
+        return self._futures.setdefault(index, Future())
+
+    def _take(self) -> int | None:
+        """Take the next settled batch out of the buffer, which makes room for another."""
+        if self.options.ordered:
+            index = self._taken if self._taken in self._arrived else None
+        else:
+            # What worked comes before what failed, so that an error does not hide finished images.
+            index = next((i for i in self._arrived if i not in self._errors), None)
+            if index is None and self._arrived:
+                index = self._arrived[0]
+        if index is not None:
+            self._arrived.remove(index)
+            self._taken += 1
+        return index
+
+    def _open(self, index: int) -> None:
+        """Put a taken batch's images where iteration finds them, or raise its error."""
+        with self._changed:
+            error = self._errors.get(index)
+            future = self._futures.get(index) if self._keep else self._futures.pop(index, None)
+        self._on_room()
+        if error is None:
+            assert future is not None, "only batches that were never handed out have no future"
+            images = future.result().images  # set in an instant, if it is not yet
+            with self._changed:
+                self._current.extend(images)
+                self._changed.notify_all()
+        elif not self.options.ignore_errors:
+            self._fail(error)
+        self._warn_if_no_images()
+
+    def _fail(self, error: BaseException) -> NoReturn:
+        with self._changed:
+            self._raised = error
+        self._stop(WorkflowCancelledError, "cancelled because another batch failed")
+        raise error
+
+    def _wait_settled(self, timeout: float | None) -> None:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._changed:
+            while self._settled < len(self.batches):
+                if self._errors and not self.options.ignore_errors:
+                    break
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    raise WaitTimeoutError(
+                        f"{self._settled} of {len(self.batches)} batches were done after "
+                        f"{timeout:g} s; the run goes on"
+                    )
+                self._changed.wait(left)
+            first = next(iter(self._errors.values()), None)
+        if first is not None and not self.options.ignore_errors:
+            self._fail(first)
+        self._warn_if_no_images()
+
+    def _results(self) -> Iterator[BatchResult]:
+        for index in range(len(self.batches)):
+            if index not in self._errors:
+                yield self._futures[index].result()
+
+    def _warn_if_no_images(self) -> None:
+        with self._changed:
+            others = sum(len(outputs) for outputs in self._others.values())
+            if self._settled < len(self.batches) or self._images_made or not others:
+                return
+            self._images_made = -1  # warn once
+        logger.warning(
+            "the run made no image but %d other outputs; they are on run.outputs()", others
+        )
+
+    def _stop(self, error_class: type[WorkflowError], reason: str) -> bool:
+        """Settle what was not handed out, and tell the running jobs to stop."""
+        with self._changed:
+            if self._settled == len(self.batches):
+                return False
+            self._cancelled = self._cancelled or error_class is WorkflowCancelledError
+            unstarted = {i: error_class(reason) for i in range(self._next, len(self.batches))}
+            self._next = len(self.batches)
+            for index, error in unstarted.items():
+                self._note(index, error)
+            futures = {i: self._futures[i] for i in unstarted if i in self._futures}
+            # At a timeout those that run see the deadline themselves.
+            active = list(self._active.values()) if error_class is WorkflowCancelledError else []
+        for control in active:
+            control.cancel(reason)
+        for index, future in futures.items():
+            if error_class is WorkflowCancelledError:
+                future.cancel()
+            if future.set_running_or_notify_cancel():
+                future.set_exception(unstarted[index])
+        self._on_room()
+        return True
+
+    def _note(self, index: int, error: BaseException | None) -> None:
+        if error is not None:
+            if isinstance(error, WorkflowError):
+                error.batch_index = index
+            self._errors[index] = error
+        self._settled += 1
+        self._arrived.append(index)
+        self._changed.notify_all()
+
+    # Inside, for the executor's side.
+
+    def _is_done(self) -> bool:
+        """Tell whether nothing is left to do; the lock is held."""
+        return self._settled == len(self.batches)
+
+    def _has_unstarted(self) -> bool:
+        """Tell whether some batch was not handed out; the lock is held."""
+        return self._next < len(self.batches)
+
+    def _room(self) -> int:
+        """Tell how many batches may be handed out now; the lock is held."""
+        left = len(self.batches) - self._next
+        return left if self._unbounded else min(left, self._window - (self._next - self._taken))
+
+    def _expire(self) -> None:
+        """Fail what was not handed out by the run's deadline."""
+        self._stop(WorkflowTimeoutError, f"the run's timeout of {self.options.timeout} s passed")
+
+    def _abandon(self, lock: threading.Lock) -> None:
+        """In a forked child: the batches go on in the parent, where nobody can tell us of them."""
+        self._changed = threading.Condition(lock)
+        self._progress_lock = threading.Lock()
+        self._futures = {}
+        self._active = {}
+        self._raised = WorkflowError("this run belongs to the process that started it")
+        self._errors = dict.fromkeys(range(len(self.batches)), self._raised)
+        self._settled = self._next = len(self.batches)
+        self._current.clear()
+
+    def _hand_out(self, control: Cancellable) -> Batch | None:
+        """Mark the next batch as running; None where its future was cancelled; the lock is held."""
+        index = self._next
+        self._next += 1
+        if not self._future(index).set_running_or_notify_cancel():
+            self._note(index, WorkflowCancelledError("its future was cancelled"))
+            return None
+        self._active[index] = control
+        return self.batches[index]
+
+    def _succeed(self, result: BatchResult) -> None:
+        with self._changed:
+            future = self._futures[result.index]
+            self._active.pop(result.index, None)
+            self._images_made += len(result.images)
+            if result.outputs:
+                self._others[result.index] = result.outputs
+            self._note(result.index, None)
+        future.set_result(result)
+
+    def _fail_batch(self, index: int, error: BaseException) -> None:
+        with self._changed:
+            future = self._futures[index]
+            self._active.pop(index, None)
+            self._note(index, error)
+        future.set_exception(error)
+
+    def _report(self, event: ProgressEvent) -> None:
+        """Call `on_progress`, from one thread at a time."""
+        callback = self.options.on_progress
+        if callback is None:
+            return
+        with self._progress_lock:
+            try:
+                callback(event)
+            except Exception:
+                logger.exception("on_progress raised; the run goes on")
