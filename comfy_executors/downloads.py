@@ -19,7 +19,8 @@ from comfy_executors.errors import (
     TemplateError,
 )
 
-_CHUNK_BYTES = 16 * 1024
+# Small, because a zipped chunk may unfold to a thousand times its size before it is counted.
+_CHUNK_BYTES = 1024
 # requests' own exceptions are OSErrors too, and their texts hold the whole address.
 _ROOT_CAUSES = (OSError, HTTPException, ProtocolError, DecodeError)
 

@@ -6,13 +6,13 @@
     ├── MissingExtraError               an optional package is not installed (also an ImportError)
     ├── ExecutorClosedError             work was given to a closed executor (also a RuntimeError)
     ├── ResultsTakenError               results were asked for that iteration handed out already
-    ├── WaitTimeoutError                waiting for a result took too long; the run goes on (also a TimeoutError)
+    ├── WaitTimeoutError                a wait took too long; the run goes on (also a TimeoutError)
     ├── TemplateError                   a workflow template is wrong (also a ValueError)
     │   ├── TemplateSyntaxError         Jinja cannot read it
     │   ├── TemplateVariablesError      variables are missing or unknown
     │   ├── TemplateRenderError         Jinja stopped while rendering
     │   └── TemplateJSONError           what was rendered is not JSON
-    ├── GraphError                      the rendered graph is no API-format workflow (also a ValueError)
+    ├── GraphError                      the graph is no API-format workflow (also a ValueError)
     │   └── UIFormatError               it is in ComfyUI's UI format
     ├── InputImageError                 an input image cannot be used (also a ValueError)
     ├── OutputFileError                 an output cannot be saved or opened

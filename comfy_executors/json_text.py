@@ -9,6 +9,7 @@ from typing import Any
 from comfy_executors.errors import TemplateJSONError
 
 _EXCERPT_WIDTH = 100
+_FILE_NAME = re.compile(r"https?://\S+|[^\n{}\[\]\"]+\.(?:json|jinja2?|j2)")
 _PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
 
 
@@ -97,10 +98,12 @@ def _explain(text: str, error: json.JSONDecodeError) -> tuple[str, int]:
         return "it looks like an HTML or XML page", 0
     if start[:4] in ("\x89PNG", "\ufffdPNG"):
         return "it looks like a PNG image", 0
+    if _FILE_NAME.fullmatch(text):
+        return "it looks like a file name or address; use from_file or from_url", 0
     index = _skip_space(text, error.pos)
     comma = _trailing_comma(text, index)
     if comma is not None:
-        return f"a comma before {text[_skip_space(text, comma + 1)]}", comma
+        return f"a comma before {text[_skip_space(text, comma + 1)]} (a trailing comma)", comma
     return _explain_character(text, index, error)
 
 

@@ -28,6 +28,8 @@ from comfy_executors.workflows import Graph
 
 logger = logging.getLogger(__name__)
 
+_FAILED = "cancelled because another batch failed"
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -139,7 +141,8 @@ class WorkflowRun:
     Iterating yields each image once, as batches complete, or in order with `ordered=True`; several
     threads may share one iteration. Batches are handed to the server as results are taken, so that
     a slow consumer does not fill the memory; asking for `futures`, `result()` or `outputs()`, and
-    `output_dir=`, lift that bound.
+    `output_dir=`, lift that bound. A run belongs to the process that started it: in a forked child
+    it raises `WorkflowError`.
     """
 
     def __init__(
@@ -148,7 +151,7 @@ class WorkflowRun:
         job: Job,
         options: RunOptions,
         *,
-        lock: threading.Lock,
+        lock: threading.RLock,
         window: int,
         on_room: Callable[[], None],
     ) -> None:
@@ -163,21 +166,23 @@ class WorkflowRun:
         self._progress_lock = threading.Lock()
 
         self._next = 0  # the first batch that was not handed out
-        self._settled = 0
-        self._taken = 0  # batches whose images iteration took
-        self._arrived: deque[int] = deque()  # settled and not taken, as they completed
-        self._current: deque[WorkflowOutputImage] = deque()  # of the batch taken last
+        self._end = len(self.batches)  # where handing out ends; stopping brings it forward
         self._active: dict[int, Cancellable] = {}
-        # Futures exist from the hand-out, or from when somebody asked for all of them, until
-        # iteration takes their result: they are what holds the images.
-        self._futures: dict[int, Future[BatchResult]] = {}
+        self._settled = 0
+        self._results: dict[int, BatchResult] = {}  # until iteration takes them
+        self._errors: dict[int, BaseException] = {}
+        self._arrived: deque[int] = deque()  # what iteration takes next, unless it is ordered
+        self._taken = 0  # batches that iteration took
+        self._current: deque[WorkflowOutputImage] = deque()  # of the batch taken last
+        self._futures: dict[int, Future[BatchResult]] = {}  # once they were asked for
         self._keep = False
         self._unbounded = options.output_dir is not None
         self._cancelled = False
-        self._errors: dict[int, BaseException] = {}
         self._raised: BaseException | None = None
+        self._abandoned: WorkflowError | None = None
         self._others: dict[int, list[WorkflowOutput]] = {}
         self._images_made = 0
+        self._warned = False
 
     # What a caller does with it.
 
@@ -200,11 +205,14 @@ class WorkflowRun:
                     raise self._raised
                 if self._taken == len(self.batches):
                     raise StopIteration
-                index = self._take()
-                if index is None:
+                if not self._take():
                     self._changed.wait()
                     continue
-            self._open(index)
+                failed = self._raised is not None
+            self._on_room()
+            if failed:
+                self._stop(WorkflowCancelledError, _FAILED)
+            self._warn_if_no_images()
 
     @property
     def futures(self) -> list[Future[BatchResult]]:
@@ -219,7 +227,10 @@ class WorkflowRun:
         """
         with self._changed:
             self._want_everything("futures")
-            futures = [self._future(index) for index in range(len(self.batches))]
+            for index in range(len(self.batches)):
+                if index not in self._futures:
+                    self._futures[index] = self._new_future(index)
+            futures = [self._futures[index] for index in range(len(self.batches))]
         self._on_room()
         return futures
 
@@ -242,7 +253,9 @@ class WorkflowRun:
             self._want_everything("result()")
         self._on_room()
         self._wait_settled(timeout)
-        return [image for result in self._results() for image in result.images]
+        with self._changed:
+            results = [result for _, result in sorted(self._results.items())]
+        return [image for result in results for image in result.images]
 
     def outputs(self, timeout: float | None = None) -> list[WorkflowOutput]:
         """Wait for the whole run and return what it made beside images, in order.
@@ -258,6 +271,7 @@ class WorkflowRun:
             WorkflowError: A batch failed and `ignore_errors` is off; the rest is cancelled.
         """
         with self._changed:
+            self._check_owner()
             self._unbounded = True
         self._on_room()
         self._wait_settled(timeout)
@@ -283,7 +297,7 @@ class WorkflowRun:
     def done(self) -> bool:
         """Tell whether every batch has succeeded, failed or been cancelled."""
         with self._changed:
-            return self._settled == len(self.batches)
+            return self._is_done()
 
     @property
     def errors(self) -> dict[int, BaseException]:
@@ -300,7 +314,12 @@ class WorkflowRun:
 
     # Inside, for the caller's side.
 
+    def _check_owner(self) -> None:
+        if self._abandoned is not None:
+            raise self._abandoned
+
     def _want_everything(self, what: str) -> None:
+        self._check_owner()
         if self._taken and not self._keep:
             raise ResultsTakenError(
                 f"{self._taken} batches were handed out by iteration and are not kept: "
@@ -308,43 +327,47 @@ class WorkflowRun:
             )
         self._keep = self._unbounded = True
 
-    def _future(self, index: int) -> Future[BatchResult]:
-        return self._futures.setdefault(index, Future())
+    def _new_future(self, index: int) -> Future[BatchResult]:
+        future: Future[BatchResult] = Future()
+        if index in self._results:
+            future.set_result(self._results[index])
+        elif index in self._errors:
+            _fail_future(future, self._errors[index], started=index < self._end)
+        elif index < self._next:
+            future.set_running_or_notify_cancel()
+        return future
 
-    def _take(self) -> int | None:
-        """Take the next settled batch out of the buffer, which makes room for another."""
-        if self.options.ordered:
-            index = self._taken if self._taken in self._arrived else None
-        else:
-            # What worked comes before what failed, so that an error does not hide finished images.
-            index = next((i for i in self._arrived if i not in self._errors), None)
-            if index is None and self._arrived:
-                index = self._arrived[0]
-        if index is not None:
-            self._arrived.remove(index)
-            self._taken += 1
-        return index
-
-    def _open(self, index: int) -> None:
-        """Put a taken batch's images where iteration finds them, or raise its error."""
-        with self._changed:
-            error = self._errors.get(index)
-            future = self._futures.get(index) if self._keep else self._futures.pop(index, None)
-        self._on_room()
-        if error is None:
-            assert future is not None, "only batches that were never handed out have no future"
-            images = future.result().images  # set in an instant, if it is not yet
-            with self._changed:
-                self._current.extend(images)
-                self._changed.notify_all()
+    def _take(self) -> bool:
+        """Take the next settled batch out of the buffer, if there is one. The lock is held."""
+        index = self._next_settled()
+        if index is None:
+            return False
+        self._taken += 1
+        if index in self._results:
+            result = self._results[index] if self._keep else self._results.pop(index)
+            self._current.extend(result.images)
         elif not self.options.ignore_errors:
-            self._fail(error)
-        self._warn_if_no_images()
+            self._raised = self._errors[index]
+        # Threads that share this iteration go on with the images, or end.
+        self._changed.notify_all()
+        return True
+
+    def _next_settled(self) -> int | None:
+        if self.options.ordered:
+            index = self._taken
+            return index if index in self._results or index in self._errors else None
+        if self._arrived:
+            return self._arrived.popleft()
+        if self.options.ignore_errors:
+            return None
+        # Only now, so that an error does not hide images that are there.
+        return next(iter(self._errors), None)
 
     def _fail(self, error: BaseException) -> NoReturn:
         with self._changed:
             self._raised = error
-        self._stop(WorkflowCancelledError, "cancelled because another batch failed")
+            self._changed.notify_all()
+        self._stop(WorkflowCancelledError, _FAILED)
         raise error
 
     def _wait_settled(self, timeout: float | None) -> None:
@@ -359,23 +382,18 @@ class WorkflowRun:
                         f"{self._settled} of {len(self.batches)} batches were done after "
                         f"{timeout:g} s; the run goes on"
                     )
-                self._changed.wait(left)
+                self._changed.wait(None if left is None else min(left, threading.TIMEOUT_MAX))
             first = next(iter(self._errors.values()), None)
         if first is not None and not self.options.ignore_errors:
             self._fail(first)
         self._warn_if_no_images()
 
-    def _results(self) -> Iterator[BatchResult]:
-        for index in range(len(self.batches)):
-            if index not in self._errors:
-                yield self._futures[index].result()
-
     def _warn_if_no_images(self) -> None:
         with self._changed:
-            others = sum(len(outputs) for outputs in self._others.values())
-            if self._settled < len(self.batches) or self._images_made or not others:
+            if self._warned or not self._is_done() or self._images_made or not self._others:
                 return
-            self._images_made = -1  # warn once
+            self._warned = True
+            others = sum(len(outputs) for outputs in self._others.values())
         logger.warning(
             "the run made no image but %d other outputs; they are on run.outputs()", others
         )
@@ -383,70 +401,75 @@ class WorkflowRun:
     def _stop(self, error_class: type[WorkflowError], reason: str) -> bool:
         """Settle what was not handed out, and tell the running jobs to stop."""
         with self._changed:
-            if self._settled == len(self.batches):
+            if self._is_done():
                 return False
-            self._cancelled = self._cancelled or error_class is WorkflowCancelledError
-            unstarted = {i: error_class(reason) for i in range(self._next, len(self.batches))}
-            self._next = len(self.batches)
-            for index, error in unstarted.items():
-                self._note(index, error)
-            futures = {i: self._futures[i] for i in unstarted if i in self._futures}
+            cancels = error_class is WorkflowCancelledError
+            self._cancelled = self._cancelled or cancels
+            unstarted = range(self._next, self._end)
+            self._end = self._next
+            for index in unstarted:
+                self._note(index, error_class(reason))
+            futures = [(self._futures[i], self._errors[i]) for i in unstarted if i in self._futures]
             # At a timeout those that run see the deadline themselves.
-            active = list(self._active.values()) if error_class is WorkflowCancelledError else []
+            active = list(self._active.values()) if cancels else []
         for control in active:
             control.cancel(reason)
-        for index, future in futures.items():
-            if error_class is WorkflowCancelledError:
-                future.cancel()
-            if future.set_running_or_notify_cancel():
-                future.set_exception(unstarted[index])
+        for future, error in futures:
+            _fail_future(future, error, started=False)
         self._on_room()
         return True
 
     def _note(self, index: int, error: BaseException | None) -> None:
+        """Take down that a batch has ended. The lock is held."""
         if error is not None:
             if isinstance(error, WorkflowError):
                 error.batch_index = index
             self._errors[index] = error
         self._settled += 1
-        self._arrived.append(index)
+        if not self.options.ordered and (error is None or self.options.ignore_errors):
+            self._arrived.append(index)
         self._changed.notify_all()
 
     # Inside, for the executor's side.
 
     def _is_done(self) -> bool:
-        """Tell whether nothing is left to do; the lock is held."""
+        """Tell whether every batch has ended; the lock is held."""
         return self._settled == len(self.batches)
 
     def _has_unstarted(self) -> bool:
-        """Tell whether some batch was not handed out; the lock is held."""
-        return self._next < len(self.batches)
+        """Tell whether some batch waits to be handed out; the lock is held."""
+        return self._next < self._end
 
     def _room(self) -> int:
         """Tell how many batches may be handed out now; the lock is held."""
-        left = len(self.batches) - self._next
-        return left if self._unbounded else min(left, self._window - (self._next - self._taken))
+        left = self._end - self._next
+        if self._unbounded:
+            return left
+        return max(0, min(left, self._window - (self._next - self._taken)))
 
     def _expire(self) -> None:
         """Fail what was not handed out by the run's deadline."""
         self._stop(WorkflowTimeoutError, f"the run's timeout of {self.options.timeout} s passed")
 
-    def _abandon(self, lock: threading.Lock) -> None:
+    def _abandon(self, lock: threading.RLock) -> None:
         """In a forked child: the batches go on in the parent, where nobody can tell us of them."""
         self._changed = threading.Condition(lock)
         self._progress_lock = threading.Lock()
-        self._futures = {}
+        self._raised = self._abandoned = WorkflowError(
+            "this run belongs to the process that started it, not to its forked child"
+        )
+        self._errors = dict.fromkeys(range(len(self.batches)), self._abandoned)
+        self._settled = len(self.batches)
+        self._end = self._next
         self._active = {}
-        self._raised = WorkflowError("this run belongs to the process that started it")
-        self._errors = dict.fromkeys(range(len(self.batches)), self._raised)
-        self._settled = self._next = len(self.batches)
         self._current.clear()
 
     def _hand_out(self, control: Cancellable) -> Batch | None:
         """Mark the next batch as running; None where its future was cancelled; the lock is held."""
         index = self._next
         self._next += 1
-        if not self._future(index).set_running_or_notify_cancel():
+        future = self._futures.get(index)
+        if future is not None and not future.set_running_or_notify_cancel():
             self._note(index, WorkflowCancelledError("its future was cancelled"))
             return None
         self._active[index] = control
@@ -454,20 +477,23 @@ class WorkflowRun:
 
     def _succeed(self, result: BatchResult) -> None:
         with self._changed:
-            future = self._futures[result.index]
             self._active.pop(result.index, None)
+            self._results[result.index] = result
             self._images_made += len(result.images)
             if result.outputs:
                 self._others[result.index] = result.outputs
             self._note(result.index, None)
-        future.set_result(result)
+            future = self._futures.get(result.index)
+        if future is not None:
+            future.set_result(result)
 
     def _fail_batch(self, index: int, error: BaseException) -> None:
         with self._changed:
-            future = self._futures[index]
             self._active.pop(index, None)
             self._note(index, error)
-        future.set_exception(error)
+            future = self._futures.get(index)
+        if future is not None:
+            _fail_future(future, error, started=True)
 
     def _report(self, event: ProgressEvent) -> None:
         """Call `on_progress`, from one thread at a time."""
@@ -477,5 +503,15 @@ class WorkflowRun:
         with self._progress_lock:
             try:
                 callback(event)
-            except Exception:
+            except BaseException:  # SystemExit, too: it would only end one of our threads
                 logger.exception("on_progress raised; the run goes on")
+
+
+def _fail_future(future: Future[BatchResult], error: BaseException, *, started: bool) -> None:
+    if started:
+        future.set_exception(error)
+        return
+    if isinstance(error, WorkflowCancelledError):
+        future.cancel()
+    if future.set_running_or_notify_cancel():
+        future.set_exception(error)

@@ -75,11 +75,17 @@ class WorkflowTemplate:
         required_variables: Those that it nowhere guards with `default` or `is defined`.
 
     Raises:
+        TypeError: The text is no string.
         TemplateSyntaxError: Jinja cannot read it, or it wants to include another file.
         UIFormatError: It is a workflow in ComfyUI's UI format.
     """
 
     def __init__(self, text: str, *, source: str | None = None) -> None:
+        if not isinstance(text, str):
+            raise TypeError(
+                f"a template is a string, not {type(text).__name__}; for a file use from_file,"
+                " for a dictionary from_graph"
+            )
         self.text = text[1:] if text.startswith("\ufeff") else text
         self.source = source
         self._graph: Graph | None = None
@@ -88,6 +94,9 @@ class WorkflowTemplate:
             self._program = Program(self.text)
         except jinja2.TemplateSyntaxError as error:
             raise _syntax_error(error, self.text, source) from error
+        except (SyntaxError, RecursionError) as error:
+            # Python's own limits, for the code that Jinja makes.
+            raise TemplateSyntaxError("it is nested too deeply", source=source) from error
         self.variables: frozenset[str] = self._program.variables
         self.required_variables: frozenset[str] = self._program.required
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 from comfy_executors.clients.http import Answer, HttpClient, Waiter
 from comfy_executors.errors import (
@@ -76,11 +79,10 @@ class ComfyUIClient:
         Raises:
             ServerError: Nobody answers, or somebody else does.
         """
-        body = self._json(self.http.get("/prompt", waiter), "/prompt")
-        try:
+        answer = self.http.get("/prompt", waiter)
+        body = self._json(answer, "/prompt")
+        with self._expecting(answer, "/prompt"):
             return int(body["exec_info"]["queue_remaining"])
-        except (KeyError, TypeError, ValueError):
-            raise self._not_comfyui("/prompt", json.dumps(body)[:200]) from None
 
     def post_prompt(
         self, graph: Graph, prompt_id: str, client_id: str, waiter: Waiter
@@ -104,49 +106,66 @@ class ComfyUIClient:
             "client_id": client_id,
             "extra_data": {MARK: prompt_id},
         }
-        answer = self.http.call("POST", "/prompt", waiter, accept=(400,), json=body)
-        parsed = self._json(answer, "/prompt")
-        if answer.status == 400:
-            raise rejection(parsed, graph, self.http.base_url)
         try:
-            queued = str(parsed["prompt_id"])
-        except (KeyError, TypeError):
-            raise self._not_comfyui("/prompt", answer.content[:200].decode("latin-1")) from None
-        partly = parsed.get("node_errors")
-        return QueuedPrompt(
-            queued, rejection(parsed, graph, self.http.base_url) if partly else None
-        )
+            answer = self.http.call("POST", "/prompt", waiter, accept=(400,), json=body)
+        except ServerResponseError as error:
+            if error.status == 500:
+                error.transient = False  # ComfyUI stumbled over the graph, and would again
+            raise
+        parsed = self._json(answer, "/prompt")
+        with self._expecting(answer, "/prompt"):
+            if answer.status == 400:
+                raise rejection(parsed, graph, self.http.base_url)
+            partly = parsed.get("node_errors")
+            return QueuedPrompt(
+                str(parsed["prompt_id"]),
+                rejection(parsed, graph, self.http.base_url) if partly else None,
+            )
 
     def queue(self, waiter: Waiter) -> Queue:
         """Return who runs and who waits."""
-        body = self._json(self.http.get("/queue", waiter), "/queue")
-        running, pending = body["queue_running"], body["queue_pending"]
-        marks = {item[3][MARK]: item[1] for item in [*running, *pending] if MARK in item[3]}
-        return Queue(
-            frozenset(item[1] for item in running), frozenset(item[1] for item in pending), marks
-        )
+        answer = self.http.get("/queue", waiter)
+        body = self._json(answer, "/queue")
+        with self._expecting(answer, "/queue"):
+            running, pending = body["queue_running"], body["queue_pending"]
+            return Queue(
+                frozenset(str(item[1]) for item in running),
+                frozenset(str(item[1]) for item in pending),
+                {mark: str(item[1]) for item in (*running, *pending) if (mark := _mark(item))},
+            )
 
     def history(self, prompt_id: str, graph: Graph, waiter: Waiter) -> HistoryEntry | None:
         """Return a finished prompt, or None while the server has no entry of it."""
-        path = f"/history/{prompt_id}"
-        entry = self._json(self.http.get(path, waiter), path).get(prompt_id)
-        if entry is None:
-            return None
-        # `status` is null in entries of old servers; then the outputs are all there is.
-        messages = {kind: data for kind, data in (entry.get("status") or {}).get("messages", ())}
-        return HistoryEntry(
-            outputs=entry.get("outputs") or {},
-            cached=frozenset(messages.get("execution_cached", {}).get("nodes", ())),
-            error=_ending(messages, graph, self.http.base_url),
-        )
+        path = f"/history/{quote(prompt_id, safe='')}"
+        answer = self.http.get(path, waiter)
+        body = self._json(answer, path)
+        with self._expecting(answer, path):
+            entry = body.get(prompt_id)
+            if entry is None:
+                return None
+            # Null in entries of old servers; then the outputs are all there is.
+            status = entry.get("status") or {}
+            messages = {kind: data for kind, data in status.get("messages") or ()}
+            error = _ending(messages, graph, self.http.base_url)
+            if error is None and status.get("status_str") == "error":
+                error = WorkflowError(
+                    f"prompt {prompt_id} failed, and the server does not say why",
+                    prompt_id=prompt_id,
+                    server=self.http.base_url,
+                )
+            return HistoryEntry(
+                outputs=entry.get("outputs") or {},
+                cached=frozenset(messages.get("execution_cached", {}).get("nodes") or ()),
+                error=error,
+            )
 
     def find_marked(self, mark: str, waiter: Waiter) -> str | None:
         """Return the id of the finished prompt that bears a mark of ours; looks at the newest."""
         answer = self.http.get("/history", waiter, params={"max_items": "64"})
-        for prompt_id, entry in self._json(answer, "/history").items():
-            if (entry.get("prompt") or [0, 0, 0, {}])[3].get(MARK) == mark:
-                return str(prompt_id)
-        return None
+        body = self._json(answer, "/history")
+        with self._expecting(answer, "/history"):
+            found = (key for key, entry in body.items() if _mark(entry.get("prompt")) == mark)
+            return next(found, None)
 
     def cancel(self, prompt_id: str, waiter: Waiter) -> None:
         """Take a prompt out of the queue, or interrupt it; never another one.
@@ -154,10 +173,12 @@ class ComfyUIClient:
         Servers from 0.26 or so do it in one step. For older ones the queue is looked at before
         the interrupt, because before 0.3.60 or so that stopped whatever ran.
         """
-        path = f"/api/jobs/{prompt_id}/cancel"
+        path = f"/api/jobs/{quote(prompt_id, safe='')}/cancel"
         answer = self.http.call("POST", path, waiter, accept=(404, 405), json={})
         if answer.status == 200:
             return
+        # A prompt whose post had no answer may have an id that we do not know.
+        prompt_id = self.queue(waiter).marks.get(prompt_id, prompt_id)
         self.http.call("POST", "/queue", waiter, json={"delete": [prompt_id]})
         if prompt_id in self.queue(waiter).running:
             self.http.call("POST", "/interrupt", waiter, json={"prompt_id": prompt_id})
@@ -211,12 +232,28 @@ class ComfyUIClient:
             what = "an HTML page" if "<" in text else repr(" ".join(text.split())[:80])
             raise self._not_comfyui(path, what) from None
 
+    @contextlib.contextmanager
+    def _expecting(self, answer: Answer, path: str) -> Iterator[None]:
+        """Turn what goes wrong with JSON of another shape into our error."""
+        try:
+            yield
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+            text = answer.content[:200].decode("utf-8", "replace")
+            raise self._not_comfyui(path, text) from None
+
     def _not_comfyui(self, path: str, what: str) -> ServerResponseError:
         return ServerResponseError(
             f"{self.http.base_url} answers {path} with {what}: no ComfyUI server, or a proxy or "
             "login page in front of it; check the address and its path",
             self.http.base_url,
         )
+
+
+def _mark(queued: Any) -> str | None:
+    """Return our mark on a prompt as the queue and the history list it, if there is one."""
+    extra = queued[3] if isinstance(queued, list) and len(queued) > 3 else None
+    mark = extra.get(MARK) if isinstance(extra, dict) else None
+    return mark if isinstance(mark, str) else None
 
 
 def rejection(body: Mapping[str, Any], graph: Graph, server: str | None) -> WorkflowRejectedError:
@@ -232,8 +269,9 @@ def rejection(body: Mapping[str, Any], graph: Graph, server: str | None) -> Work
     kind, extra = str(error.get("type", "")), error.get("extra_info") or {}
     if not problems and kind in ("missing_node_type", "invalid_prompt"):
         # Servers before 0.33 name the node in the text only: "Node ID '#1'".
-        node_id = str(extra.get("node_id") or str(error.get("details", "")).strip("Node ID'#"))
-        if node_id in graph:
+        named = re.search(r"'#(.*)'", str(error.get("details", "")))
+        node_id = str(extra.get("node_id") or (named.group(1) if named else ""))
+        if class_type(graph, node_id):
             problems = [_missing_class(node_id, graph, kind)]
     details = error.get("details") or ""
     message = str(error.get("message", ""))
@@ -247,9 +285,7 @@ def rejection(body: Mapping[str, Any], graph: Graph, server: str | None) -> Work
 def _missing_class(node_id: str, graph: Graph, kind: str) -> NodeProblem:
     name = class_type(graph, node_id)
     reason = f"the server has no node class {name}; is its custom node package installed there?"
-    return NodeProblem(
-        node_id, name, node_title(graph, node_id), None, name, kind, reason
-    )
+    return NodeProblem(node_id, name, node_title(graph, node_id), None, name, kind, reason)
 
 
 def _problem(

@@ -6,18 +6,19 @@
 from __future__ import annotations
 
 import json
+import ssl
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, Union, cast
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 import requests
 import tenacity
 import urllib3.exceptions
 from requests.adapters import HTTPAdapter
-from requests.auth import AuthBase
+from requests.auth import AuthBase, HTTPBasicAuth
 
 from comfy_executors.errors import (
     AuthenticationError,
@@ -32,6 +33,7 @@ Auth = Union[tuple[str, str], AuthBase]
 
 CONNECT_SECONDS = 10.0
 READ_SECONDS = 60.0  # a ComfyUI server that loads a model can be silent for tens of seconds
+_CHUNK_BYTES = 64 * 1024
 _FIRST_WAIT = 0.1
 _LONGEST_WAIT = 5.0
 _ATTEMPTS = 40
@@ -117,21 +119,25 @@ def parse_address(address: str, default_port: int) -> tuple[str, tuple[str, str]
     """
     text = address.strip()
     has_scheme = "://" in text
-    parts = urlsplit(text if has_scheme else f"http://{text}")
+    refusal = f"not an address: {_without_user(address)!r}; write host:port or a URL"
     try:
+        parts = urlsplit(text if has_scheme else f"http://{text}")
         port = parts.port
     except ValueError:
-        port = -1
+        # Without its cause, whose words can hold the password.
+        raise ValueError(refusal) from None
     host = parts.hostname
-    if parts.scheme not in ("http", "https") or not host or port == -1 or " " in text:
-        raise ValueError(f"not an address: {_without_user(address)!r}; write host:port or a URL")
+    if parts.scheme not in ("http", "https") or not host or " " in text:
+        raise ValueError(refusal)
     if parts.query or parts.fragment:
         raise ValueError(f"an address has no ? or #: {_without_user(address)!r}")
     if port is None and not has_scheme:
         port = default_port
     host = f"[{host}]" if ":" in host else host
     netloc = host if port is None else f"{host}:{port}"
-    user = (parts.username, parts.password or "") if parts.username is not None else None
+    user = None
+    if parts.username is not None:
+        user = unquote(parts.username), unquote(parts.password or "")
     return urlunsplit((parts.scheme, netloc, parts.path.rstrip("/"), "", "")), user
 
 
@@ -167,6 +173,8 @@ class HttpClient:
     ) -> None:
         self.base_url = base_url
         self._headers = _checked_headers(headers or {})
+        if isinstance(auth, tuple):
+            auth = HTTPBasicAuth(_utf8(auth[0]), _utf8(auth[1]))
         self._auth = auth or _NoAuth()
         self._verify = verify
         self._outage_timeout = outage_timeout
@@ -199,10 +207,15 @@ class HttpClient:
     def sent_headers(self) -> dict[str, str]:
         """Return the headers that a call sends, those of `auth` included, for the websocket."""
         request = self._session.prepare_request(requests.Request("GET", self.base_url))
-        own = {name.lower() for name in self._headers} | {"authorization", "cookie"}
-        return {name: value for name, value in request.headers.items() if name.lower() in own}
+        # What requests itself sends with each call; a name that the caller set is the caller's.
+        foreign = {name.lower() for name in requests.utils.default_headers()}
+        foreign -= {name.lower() for name in self._headers}
+        headers = {k: v for k, v in request.headers.items() if k.lower() not in foreign}
+        return {k: v.decode() if isinstance(v, bytes) else v for k, v in headers.items()}
 
-    def get(self, path: str, waiter: Waiter, *, accept: tuple[int, ...] = (), **kwargs: Any) -> Answer:
+    def get(
+        self, path: str, waiter: Waiter, *, accept: tuple[int, ...] = (), **kwargs: Any
+    ) -> Answer:
         """GET, repeated while the server is out of reach or overloaded. See `call`."""
         return self.retry(lambda: self.call("GET", path, waiter, accept=accept, **kwargs), waiter)
 
@@ -263,28 +276,33 @@ class HttpClient:
         request = requests.Request(
             method, self.base_url + path, params=params, json=json, data=data, files=files
         )
-        limits = (waiter.limit(CONNECT_SECONDS), waiter.limit(READ_SECONDS))
-        answer = self._exchange(request, (max(limits[0], 0.01), max(limits[1], 0.01)))
+        answer = self._exchange(request, waiter)
         if answer.status != 200 and answer.status not in accept:
             raise self._refusal(f"{method} {path}", answer)
         self._answered = True
         return answer
 
-    def _exchange(self, request: requests.Request, timeout: tuple[float, float]) -> Answer:
+    def _exchange(self, request: requests.Request, waiter: Waiter) -> Answer:
+        # Zero would be an error, not a short time.
+        timeout = (
+            max(waiter.limit(CONNECT_SECONDS), 0.01),
+            max(waiter.limit(READ_SECONDS), 0.01),
+        )
         try:
             prepared = self._session.prepare_request(request)
             with self._session.send(
                 prepared, timeout=timeout, allow_redirects=False, **self._settings
             ) as response:
-                answer = Answer(response.status_code, response.headers, response.content)
+                content = b"".join(_watched(response.iter_content(_CHUNK_BYTES), waiter))
         except requests.RequestException as error:
             raise self._unreachable(error) from error
-        expected = answer.headers.get("content-length")
-        encoded = "content-encoding" in answer.headers or request.method == "HEAD"
-        if expected and not encoded and len(answer.content) != int(expected):
+        answer = Answer(response.status_code, response.headers, content)
+        expected = answer.headers.get("content-length", "")
+        encoded = "content-encoding" in answer.headers
+        if expected.isdigit() and not encoded and len(content) != int(expected):
             # urllib3 before 2 does not notice.
             raise ServerUnreachableError(
-                f"{self.base_url} cut an answer short: {len(answer.content)} of {expected} bytes",
+                f"{self.base_url} cut an answer short: {len(content)} of {expected} bytes",
                 server=self.base_url,
                 transient=True,
                 maybe_received=True,
@@ -293,7 +311,7 @@ class HttpClient:
 
     def _unreachable(self, error: requests.RequestException) -> ServerError:
         server = self.base_url
-        if isinstance(error, requests.exceptions.SSLError):
+        if isinstance(error, requests.exceptions.SSLError) and not _was_cut_off(error):
             return ServerUnreachableError(
                 f"{server}: TLS failed: {_root_cause(error)}; pass verify= with the path of the "
                 "CA that signed its certificate",
@@ -319,7 +337,7 @@ class HttpClient:
                 f"{server} answers {what} with {status}: {hint}", server=server, status=status
             )
         if 300 <= status < 400:
-            target = _without_query(answer.headers.get("location", ""))
+            target = answer.headers.get("location", "nowhere").partition("?")[0]
             return ServerResponseError(
                 f"{server} redirects {what} to {target}: use that address", server, status
             )
@@ -333,6 +351,11 @@ class HttpClient:
 
     def _has_key(self) -> bool:
         return bool(self._headers) or not isinstance(self._auth, _NoAuth)
+
+
+def _utf8(text: str) -> Any:
+    # requests would try Latin-1, and show the password in the error.
+    return text.encode()
 
 
 def _checked_headers(headers: Mapping[str, str]) -> dict[str, str]:
@@ -365,22 +388,38 @@ def _never_sent(error: requests.RequestException) -> bool:
         return True
     cause = error.args[0] if error.args else None
     reason = getattr(cause, "reason", None)
-    return isinstance(reason, (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ConnectTimeoutError))
+    never_connected = (
+        urllib3.exceptions.NewConnectionError,
+        urllib3.exceptions.ConnectTimeoutError,
+    )
+    return isinstance(reason, never_connected)
+
+
+def _watched(chunks: Iterable[bytes], waiter: Waiter) -> Iterator[bytes]:
+    """Pass a body on; a cancellation or a deadline ends it in the middle."""
+    for chunk in chunks:
+        waiter.limit(READ_SECONDS)
+        yield chunk
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _was_cut_off(error: BaseException) -> bool:
+    """Tell a TLS connection that ended in its handshake, as in a restart, from a refused one."""
+    return any(isinstance(cause, (ssl.SSLEOFError, ConnectionError)) for cause in _causes(error))
 
 
 def _root_cause(error: BaseException) -> str:
     """Find the operating system's own words, such as `Connection refused`."""
-    seen: BaseException | None = error
     words = type(error).__name__
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.strerror:
-            words = seen.strerror
-        seen = seen.__cause__ or seen.__context__
+    for cause in _causes(error):
+        if isinstance(cause, OSError) and cause.strerror:
+            words = cause.strerror
     return words
-
-
-def _without_query(url: str) -> str:
-    return urlunsplit((*urlsplit(url)[:3], "", ""))
 
 
 def _excerpt(answer: Answer) -> str:

@@ -76,4 +76,3 @@ class Catalogue:
         except (UnsafePathError, OSError):
             exists = False
         return None if exists else f"Invalid image file: {name}"
-

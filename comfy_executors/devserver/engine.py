@@ -70,8 +70,8 @@ class Engine:
         self._executing = None
         if not self.queue.finish(prompt, execution.history_entry()):
             return
-        journal.change_prompt(prompt.key, status=outcome, ended=ended)
         execution.send("executing", {"node": None, "prompt_id": prompt.prompt_id})
+        journal.change_prompt(prompt.key, status=outcome, ended=ended)
 
     def _set_executing(self, client_id: str | None, node_id: str) -> None:
         self._executing = (client_id, node_id)

@@ -171,9 +171,7 @@ class Execution:
         described = self._setting.catalogue.nodes[self._class_type(node_id)]["input"]
         known = {*described.get("required", ()), *described.get("optional", ())}
         inputs = self._prompt.graph[node_id]["inputs"]
-        return {
-            name: self._value(value) for name, value in inputs.items() if name in known
-        }
+        return {name: self._value(value) for name, value in inputs.items() if name in known}
 
     def _value(self, value: Any) -> Any:
         if not is_link(value):

@@ -57,9 +57,7 @@ class Folders:
             return self.resolve(match[2], match[1])
         return self.resolve("input", name)
 
-    def write(
-        self, folder_type: str, prefix: str, data: bytes, suffix: str
-    ) -> dict[str, str]:
+    def write(self, folder_type: str, prefix: str, data: bytes, suffix: str) -> dict[str, str]:
         """Write a file under the next free number of its prefix.
 
         Args:
@@ -95,7 +93,10 @@ class Folders:
         Raises:
             UnsafePathError: The path leads out of the folder.
         """
-        target = self.resolve(folder_type, subfolder, name)
+        folder = self.resolve(folder_type, subfolder)
+        target = inside(folder, name)
+        if target == folder:
+            raise UnsafePathError(f"{name!r} is no name for a file")
         with self._lock:
             target.parent.mkdir(parents=True, exist_ok=True)
             if not overwrite:

@@ -127,9 +127,7 @@ def image_scale_by(
 ) -> NodeResult:
     width = max(1, round(image[0].width * scale_by))
     height = max(1, round(image[0].height * scale_by))
-    return NodeResult(
-        ([resized(one, upscale_method, width, height, "disabled") for one in image],)
-    )
+    return NodeResult(([resized(one, upscale_method, width, height, "disabled") for one in image],))
 
 
 @node("ImageInvert")
@@ -154,9 +152,7 @@ def image_crop(
 
 
 @node("ImageBlur")
-def image_blur(
-    context: NodeContext, image: Images, blur_radius: int, sigma: float
-) -> NodeResult:
+def image_blur(context: NodeContext, image: Images, blur_radius: int, sigma: float) -> NodeResult:
     blur = ImageFilter.GaussianBlur(min(float(blur_radius), sigma))
     return NodeResult(([one.filter(blur) for one in image],))
 

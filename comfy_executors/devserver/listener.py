@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import socket
 import ssl
@@ -16,8 +15,6 @@ from aiohttp import web
 from comfy_executors.devserver.transports import reset_transport
 
 T = TypeVar("T")
-
-_SHUTDOWN_SECONDS = 0.5
 
 
 class Listener:
@@ -52,7 +49,7 @@ class Listener:
     def start(self, app: web.Application) -> None:
         """Start the thread; the application is ready, but nothing is accepted yet."""
         self._thread.start()
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=_SHUTDOWN_SECONDS)
+        self._runner = web.AppRunner(app, access_log=None)
         self.call(self._runner.setup())
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
@@ -114,15 +111,18 @@ class Listener:
 
     async def _close(self) -> None:
         await self._shut()
-        if self._bound is not None:
-            self._bound.close()
-        if self._runner is not None:
+        assert self._bound is not None
+        assert self._runner is not None
+        self._bound.close()
+        # Handlers that wait would hold the end up; and ending the first tasks lets connections
+        # come in that the kernel had accepted before.
+        while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await self._close_connections(False, None)
-            await self._runner.cleanup()
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.sleep(0)
+        await self._runner.cleanup()
         await self.loop.shutdown_default_executor()
 
 
@@ -137,6 +137,8 @@ def _bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         bound.close()
         reason = error.strerror or str(error)
-        message = f"the dev server cannot listen on {host}:{port}: {reason}; port 0 takes a free one"
+        message = (
+            f"the dev server cannot listen on {host}:{port}: {reason}; port 0 takes a free one"
+        )
         raise OSError(error.errno, message) from error
     return bound

@@ -59,9 +59,11 @@ class Machine:
         self._listener = Listener(options.host, options.port, options.ssl_context)
         self.port = self._listener.port
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
-        if options.directory is None:
+        directory = options.directory
+        if directory is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="comfy-devserver-")
-        self.folders = Folders(options.directory or Path(self._temporary.name))
+            directory = Path(self._temporary.name)
+        self.folders = Folders(directory)
         self._add_example()
         self._hub = Hub(self._listener.loop, faults, journal, options.behaviour)
         catalogue = Catalogue(options.checkpoints, self.folders)
@@ -84,8 +86,10 @@ class Machine:
         app = web.Application(
             middlewares=[self._gate.handle], client_max_size=FEATURES["max_upload_size"]
         )
-        for route in self._routes.table():
-            app.router.add_route(route.method, prefix + route.path, route.handler)
+        app.add_routes(
+            web.RouteDef(route.method, prefix + route.path, route.handler, {})
+            for route in self._routes.table()
+        )
         return app
 
     def _add_example(self) -> None:

@@ -56,7 +56,7 @@ class NodeContext:
     folders: Folders
     step_seconds: float
     stop: threading.Event
-    progress: Callable[[int, int, "tuple[bytes, str] | None"], None]
+    progress: Callable[[int, int, tuple[bytes, str] | None], None]
 
     def wait_until(self, deadline: float) -> None:
         """Wait until a time of `time.monotonic()`.

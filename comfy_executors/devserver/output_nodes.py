@@ -42,9 +42,7 @@ def _metadata(context: NodeContext) -> PngInfo:
     return info
 
 
-def _save_images(
-    context: NodeContext, images: Images, folder_type: str, prefix: str
-) -> NodeResult:
+def _save_images(context: NodeContext, images: Images, folder_type: str, prefix: str) -> NodeResult:
     metadata = _metadata(context)
     files = [
         context.folders.write(folder_type, prefix, png(image, metadata), "_.png")
@@ -77,7 +75,9 @@ def _never_the_same(folders: Folders, inputs: Mapping[str, Any]) -> str:
     return str(next(_executions))
 
 
-def _animated(context: NodeContext, images: Images, prefix: str, data: bytes, suffix: str) -> NodeResult:
+def _animated(
+    context: NodeContext, images: Images, prefix: str, data: bytes, suffix: str
+) -> NodeResult:
     file = context.folders.write("output", prefix, data, suffix)
     return NodeResult((images,), {"images": [file], "animated": [True]})
 

@@ -44,9 +44,7 @@ def paint(seed: int, index: int, text: str, width: int, height: int) -> Image.Im
     return picture
 
 
-def _draw_shape(
-    draw: ImageDraw.ImageDraw, source: random.Random, width: int, height: int
-) -> None:
+def _draw_shape(draw: ImageDraw.ImageDraw, source: random.Random, width: int, height: int) -> None:
     size = max(1, min(width, height) // 4)
     x, y = source.randrange(width), source.randrange(height)
     box = (x - size, y - size // 2, x + size, y + size // 2)

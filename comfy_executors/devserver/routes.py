@@ -99,7 +99,7 @@ class Routes:
         return web.json_response({"exec_info": {"queue_remaining": remaining}})
 
     async def post_prompt(self, request: web.Request) -> web.StreamResponse:
-        body = json.loads(await request.text())
+        body = _fields(json.loads(await request.text()))
         number = self._take_number(body)
         if "prompt" not in body:
             return _rejected(error_body("no_prompt", "No prompt provided", "No prompt provided"))
@@ -124,12 +124,12 @@ class Routes:
         answer = {"prompt_id": prompt_id, "number": number, "node_errors": verdict.node_errors}
         return web.json_response(answer)
 
-    def _take_number(self, body: Any) -> float:
+    def _take_number(self, body: Mapping[str, Any]) -> float:
         # Every post takes a number, the rejected ones too.
         number: float = self._number
         if "number" in body:
             number = float(body["number"])
-        elif "front" in body and body["front"]:
+        elif body.get("front"):
             number = -number
         self._number += 1
         return number
@@ -298,7 +298,16 @@ _INVALID_PROMPT_ID = error_body(
 
 def _with_api(route: web.RouteDef) -> web.RouteDef:
     path = "/api" if route.path == "/" else f"/api{route.path}"
-    return web.RouteDef(route.method, path, route.handler, route.kwargs)
+    return web.RouteDef(route.method, path, route.handler, {})
+
+
+def _fields(body: Any) -> dict[str, Any]:
+    if isinstance(body, (list, str)):
+        # The real server looks for keys in these too, and finds none.
+        return {}
+    if not isinstance(body, dict):
+        raise MalformedPromptError("the body is not an object")
+    return body
 
 
 def _rejected(
@@ -333,8 +342,8 @@ def _preview(data: bytes, wanted: str) -> tuple[bytes, str] | None:
     image_format = _PREVIEW_FORMATS.get(name, "WEBP")
     buffer = io.BytesIO()
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            image = image.convert("RGB") if image_format == "JPEG" else image
+        with Image.open(io.BytesIO(data)) as opened:
+            image = opened.convert("RGB") if image_format == "JPEG" else opened
             image.save(buffer, image_format, quality=int(quality) if quality.isdigit() else 90)
     except (UnidentifiedImageError, OSError):
         return None

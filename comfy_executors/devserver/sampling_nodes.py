@@ -108,9 +108,7 @@ def clip_text_encode(context: NodeContext, text: str, clip: str) -> NodeResult:
 
 
 @node("CLIPSetLastLayer")
-def clip_set_last_layer(
-    context: NodeContext, clip: str, stop_at_clip_layer: int
-) -> NodeResult:
+def clip_set_last_layer(context: NodeContext, clip: str, stop_at_clip_layer: int) -> NodeResult:
     return NodeResult((clip,))
 
 

@@ -95,7 +95,8 @@ def _class_error(graph: Any, object_info: Info, detailed: bool) -> dict[str, Any
         for node_id, node in nodes:
             if detailed and not isinstance(node, dict):
                 raise MalformedPromptError(f"node {node_id} is not an object")
-            class_type = node["class_type"] if "class_type" in node else None
+            has_class = "class_type" in node
+            class_type = node["class_type"] if has_class else None
             if class_type is None or class_type not in object_info:
                 make = _missing_type if detailed else _missing_type_of_old
                 return make(node_id, node, class_type)
@@ -280,7 +281,7 @@ class _Check:
 
 
 def _fits(received: str, wanted: Any) -> bool:
-    return wanted == "*" or received == wanted
+    return bool(wanted in ("*", received))
 
 
 def _missing_input(name: str) -> dict[str, Any]:
@@ -288,9 +289,7 @@ def _missing_input(name: str) -> dict[str, Any]:
     return error_body("required_input_missing", "Required input is missing", name, facts)
 
 
-def _type_mismatch(
-    name: str, config: list[Any], received: str, link: list[Any]
-) -> dict[str, Any]:
+def _type_mismatch(name: str, config: list[Any], received: str, link: list[Any]) -> dict[str, Any]:
     facts = {
         "input_name": name,
         "input_config": config,
@@ -302,9 +301,7 @@ def _type_mismatch(
     return error_body("return_type_mismatch", message, details, facts)
 
 
-def _conversion_error(
-    name: str, config: list[Any], value: Any, error: Exception
-) -> dict[str, Any]:
+def _conversion_error(name: str, config: list[Any], value: Any, error: Exception) -> dict[str, Any]:
     facts = {
         "input_name": name,
         "input_config": config,
@@ -334,9 +331,7 @@ def _range_errors(
     return []
 
 
-def _not_in_list(
-    name: str, config: list[Any], choices: list[Any], value: Any
-) -> dict[str, Any]:
+def _not_in_list(name: str, config: list[Any], choices: list[Any], value: Any) -> dict[str, Any]:
     is_long = len(choices) > _LONG_LIST
     shown = f"(list of length {len(choices)})" if is_long else str(choices)
     facts = {

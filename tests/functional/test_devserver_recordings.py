@@ -149,7 +149,10 @@ class Replay:
         while self.early:
             assert is_progress(self.early.pop(0))
         fence = json.loads(self.socket.recv())
-        assert fence == {"type": "status", "data": {"status": {"exec_info": {"queue_remaining": 0}}}}
+        assert fence == {
+            "type": "status",
+            "data": {"status": {"exec_info": {"queue_remaining": 0}}},
+        }
         self.socket.close()
 
     def request(self, event: dict[str, Any]) -> None:
@@ -161,9 +164,7 @@ class Replay:
             arguments = {"data": event["data"]}
         elif "sent" in event:
             arguments = {"json": self.translated(event["sent"])}
-        response = requests.request(
-            method, self.server.url + path, timeout=PATIENCE, **arguments
-        )
+        response = requests.request(method, self.server.url + path, timeout=PATIENCE, **arguments)
         if needs_encoder(event):
             assert response.json()["error"]["type"] == "missing_node_type"
             return
@@ -175,7 +176,11 @@ class Replay:
     def next_upload(self) -> dict[str, Any]:
         upload = next(self.uploads)
         # An empty part without a file name keeps the request multipart.
-        return {"other": (None, "")} if upload is None else {"image": (upload[0], self.images[upload[1]])}
+        return (
+            {"other": (None, "")}
+            if upload is None
+            else {"image": (upload[0], self.images[upload[1]])}
+        )
 
     def learn(self, event: dict[str, Any], response: requests.Response) -> None:
         if event["http"] == "POST /prompt" and event["status"] == 200:
@@ -276,9 +281,7 @@ def is_start_of(event: dict[str, Any], prompt_id: str) -> bool:
 def is_plain_status(event: dict[str, Any]) -> bool:
     message = event.get("ws")
     return (
-        isinstance(message, dict)
-        and message["type"] == "status"
-        and "sid" not in message["data"]
+        isinstance(message, dict) and message["type"] == "status" and "sid" not in message["data"]
     )
 
 

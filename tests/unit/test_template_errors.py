@@ -167,6 +167,8 @@ def test_an_error_in_a_macro_has_the_line_of_the_macro() -> None:
         ("{# only a comment #}\n ", 1, 1, "it is empty"),
         ("<!DOCTYPE html><html></html>", 1, 1, "HTML"),
         ("\x89PNG\r\n\x1a\n", 1, 1, "PNG image"),
+        ("out/my workflow.json", 1, 1, "use from_file or from_url"),
+        ("https://example.com/w", 1, 1, "use from_file or from_url"),
         ('{"1": {"class_type": "A"},\n "1": {}}', 2, 2, "the key '1' is given twice"),
         ('{"1": {"inputs": {"a": 1, "a": 1}}}', 1, 27, "the key 'a' is given twice"),
     ],
@@ -211,11 +213,36 @@ def test_deep_nesting_is_an_error_of_ours() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ['"\\{{ x }}"', '"\\{# c #}{{ x }}"', '"\\{% if x %}{{ x }}{% endif %}"']
+    "text",
+    [
+        '"\\{{ x }}"',
+        '"\\{# c #}{{ x }}"',
+        '"\\{% if x %}{{ x }}{% endif %}"',
+        '"\\{{ "never" if not x }}{{ x }}"',
+        '{% set s %}"\\{% endset %}{{ s }}{{ x }}"',
+    ],
 )
 def test_a_backslash_cannot_eat_the_first_character_of_a_value(text: str) -> None:
     with pytest.raises(TemplateJSONError, match="a backslash stands directly before a value"):
         WorkflowTemplate(f'{{"1": {text}}}').render(x='", "2": "')
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{% for a in [] %}" * 30 + "{% endfor %}" * 30,
+        "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+    ],
+)
+def test_a_template_beyond_the_limits_of_python_is_an_error_of_ours(text: str) -> None:
+    with pytest.raises(TemplateSyntaxError, match="nested too deeply"):
+        WorkflowTemplate(text)
+
+
+@pytest.mark.parametrize("text", [{"1": {}}, Path("w.json"), b"{}", None])
+def test_what_is_no_text_is_told_where_to_go(text: Any) -> None:
+    with pytest.raises(TypeError, match="for a file use from_file, for a dictionary from_graph"):
+        WorkflowTemplate(text)
 
 
 def test_files(tmp_path: Path) -> None:

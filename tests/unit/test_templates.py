@@ -152,6 +152,21 @@ def test_commas_of_a_loop_are_structure(template: str) -> None:
     assert text_of(template, n=[1, 2, 3]) == [1, 2, 3]
 
 
+def test_an_escape_may_be_split_by_a_block() -> None:
+    assert text_of('"a\\{% if t %}"{{ p }}\\{% endif %}n"', t=True, p='", "') == 'a"", "\n'
+
+
+def test_what_a_string_method_makes_of_a_block_is_a_value() -> None:
+    block = '{% set s %}{"{}": 1}{% endset %}'
+    assert text_of(block + "[{{ s }}, {{ s|upper }}, {{ s[:2] }}]") == [
+        {"{}": 1},
+        '{"{}": 1}',
+        '{"',
+    ]
+    assert text_of("{% set s %}a {}{% endset %}{{ s.format(p) }}", p='"') == 'a "'
+    assert text_of("{% set s %}1, {}{% endset %}[{{ s.format(2) }}]") == ["1, 2"]
+
+
 def test_other_strings_of_an_inline_if_are_values() -> None:
     template = '[{{ "a, b" if v else "c" }}, {{ "" if v else "c" }}, {{ v if v else "," }}]'
     assert text_of(template, v="x") == ["a, b", "", "x"]
