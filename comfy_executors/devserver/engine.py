@@ -26,7 +26,10 @@ class Engine:
         self._executing: tuple[str | None, str] | None = None
         self._closing = threading.Event()
         self.queue = PromptQueue(setting.journal, self._send_status)
-        self._thread = threading.Thread(target=self._work, name="comfy-devserver-executor")
+        # A daemon: a server that nobody stopped must not keep the interpreter from ending.
+        self._thread = threading.Thread(
+            target=self._work, name="comfy-devserver-executor", daemon=True
+        )
         self._thread.start()
 
     def greet(self, client_id: str) -> list[dict[str, Any]]:

@@ -17,9 +17,9 @@ from comfy_executors.devserver.faults import Faults
 from comfy_executors.devserver.files import Folders
 from comfy_executors.devserver.hub import FEATURES, Hub
 from comfy_executors.devserver.listener import Listener
-from comfy_executors.devserver.middleware import Gate
-from comfy_executors.devserver.output_nodes import png
+from comfy_executors.devserver.middleware import Gate, drop_type_of_nothing
 from comfy_executors.devserver.painting import paint
+from comfy_executors.devserver.png import png
 from comfy_executors.devserver.records import Journal
 from comfy_executors.devserver.routes import Routes
 from comfy_executors.devserver.versions import Behaviour
@@ -56,6 +56,9 @@ class Machine:
 
     def __init__(self, options: Options, journal: Journal, faults: Faults) -> None:
         self._journal = journal
+        if options.directory is not None:
+            # A directory that cannot be used is an error before the port is taken.
+            Folders(options.directory)
         self._listener = Listener(options.host, options.port, options.ssl_context)
         self.port = self._listener.port
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
@@ -86,6 +89,7 @@ class Machine:
         app = web.Application(
             middlewares=[self._gate.handle], client_max_size=FEATURES["max_upload_size"]
         )
+        app.on_response_prepare.append(drop_type_of_nothing)
         app.add_routes(
             web.RouteDef(route.method, prefix + route.path, route.handler, {})
             for route in self._routes.table()
@@ -101,7 +105,7 @@ class Machine:
     def refuse_connections(self, refuse: bool) -> None:
         if refuse:
             self._listener.shut()
-            self._listener.close_connections(reset=False, only=self._gate.is_idle)
+            self._listener.close_idle_connections(self._gate.is_idle)
         else:
             self._listener.open()
 
@@ -111,7 +115,9 @@ class Machine:
     def crash(self) -> None:
         """Refuse connections, reset the open ones, and lose what is in memory."""
         self._listener.shut()
-        self._listener.close_connections(reset=True)
+        self._gate.restart()
+        self._listener.reset_connections()
+        self._wait_for_websockets()
         self._engine.close()
         self._routes.restart()
 
@@ -123,13 +129,18 @@ class Machine:
     def renew(self) -> None:
         """Lose what is in memory, the websockets, and the files of a temporary directory."""
         self.drop_websockets()
-        self._journal.wait_for(lambda: self._journal.open_websockets == 0, _CLOSING_SECONDS)
+        self._wait_for_websockets()
+        self._gate.restart()
         self._engine.close()
         self._routes.restart()
         if self._temporary is not None:
             self.folders.empty()
             self._add_example()
         self._engine = Engine(self._setting)
+
+    def _wait_for_websockets(self) -> None:
+        # Their handlers end a moment after their connections.
+        self._journal.wait_for(lambda: self._journal.open_websockets == 0, _CLOSING_SECONDS)
 
     def close(self) -> None:
         self._engine.close()

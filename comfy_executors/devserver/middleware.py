@@ -36,6 +36,11 @@ class Gate:
         self._faults = faults
         self._journal = journal
         self._busy: set[asyncio.BaseTransport] = set()
+        self._restarts = 0
+
+    def restart(self) -> None:
+        """Let requests that are still delayed come to nothing."""
+        self._restarts += 1
 
     def is_idle(self, transport: asyncio.BaseTransport) -> bool:
         """Return whether a connection has neither a request under way nor a websocket."""
@@ -81,14 +86,23 @@ class Gate:
             if request.headers.get(name) != value:
                 return web.Response(status=401, text="401: Unauthorized")
         cut: Rule | None = None
+        restarts = self._restarts
         for rule in self._faults.take(request.method, path):
             if rule.kind == "delay":
                 await asyncio.sleep(rule.seconds)
             else:
                 cut = rule
+        if restarts != self._restarts:
+            raise _ConnectionCutError
         if cut is None:
             return await handler(request)
         return await _cut_short(cut, request, handler)
+
+
+async def drop_type_of_nothing(request: web.Request, response: web.StreamResponse) -> None:
+    """Leave an empty answer without a content type, as newer versions of aiohttp do."""
+    if isinstance(response, web.Response) and response.body is None:
+        response.headers.popall("Content-Type", None)
 
 
 async def _cut_short(rule: Rule, request: web.Request, handler: Handler) -> web.StreamResponse:

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from comfy_executors.devserver.files import Folders
 from comfy_executors.devserver.nodes import Images, NodeContext, NodeResult, fingerprint, node
+from comfy_executors.devserver.png import png
 
 _TEMP_PREFIX = "ComfyUI_temp_" + "".join(random.choices(string.ascii_lowercase, k=5))
 _WEBP_METHODS = {"default": 4, "fastest": 0, "slowest": 6}
@@ -26,27 +26,18 @@ _WEBM = bytes.fromhex(
 _executions = itertools.count()
 
 
-def png(image: Image.Image, metadata: PngInfo | None = None) -> bytes:
-    """Return an image as a PNG file, compressed little: the server is to be quick."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", pnginfo=metadata, compress_level=image.info.get("compress_level", 1))
-    return buffer.getvalue()
-
-
-def _metadata(context: NodeContext) -> PngInfo:
-    info = PngInfo()
-    info.add_text("prompt", json.dumps(context.graph))
+def _texts(context: NodeContext) -> dict[str, str]:
     extra = context.extra_data.get("extra_pnginfo")
-    for key, value in extra.items() if isinstance(extra, dict) else ():
-        info.add_text(str(key), json.dumps(value))
-    return info
+    texts = {"prompt": json.dumps(context.graph)}
+    if isinstance(extra, dict):
+        texts.update({str(key): json.dumps(value) for key, value in extra.items()})
+    return texts
 
 
 def _save_images(context: NodeContext, images: Images, folder_type: str, prefix: str) -> NodeResult:
-    metadata = _metadata(context)
+    texts = _texts(context)
     files = [
-        context.folders.write(folder_type, prefix, png(image, metadata), "_.png")
-        for image in images
+        context.folders.write(folder_type, prefix, png(image, texts), "_.png") for image in images
     ]
     return NodeResult((images,), {"images": files})
 
@@ -117,7 +108,6 @@ def save_animated_png(
         save_all=True,
         append_images=images[1:],
         duration=round(1000 / fps),
-        pnginfo=_metadata(context),
         compress_level=compress_level,
     )
     return _animated(context, images, filename_prefix, buffer.getvalue(), "_.png")

@@ -8,7 +8,7 @@ import random
 from PIL import Image, ImageDraw, ImageFont
 
 _NOTICE = "placeholder - dev server"
-_GRADIENT_SIZE = 8
+_GRADIENT_COLOURS = 4
 _SHAPES = 6
 _MARGIN = 6
 _LINE_HEIGHT = 14
@@ -32,10 +32,9 @@ def paint(seed: int, index: int, text: str, width: int, height: int) -> Image.Im
     """
     digest = hashlib.sha256(f"{seed}/{index}/{text}".encode("utf-8", "replace")).digest()
     source = random.Random(digest)
-    colours = source.randbytes(3 * _GRADIENT_SIZE * _GRADIENT_SIZE)
-    small = Image.frombytes("RGB", (_GRADIENT_SIZE, _GRADIENT_SIZE), colours)
-    # A gradient of few colours is cheap to paint and to compress, at any size.
-    picture = small.resize((width, height), Image.Resampling.BILINEAR)
+    strip = Image.frombytes("RGB", (_GRADIENT_COLOURS, 1), source.randbytes(3 * _GRADIENT_COLOURS))
+    # Rows that are all the same are cheap to paint and to compress, at any size.
+    picture = strip.resize((width, height), Image.Resampling.BILINEAR)
     draw = ImageDraw.Draw(picture)
     for _ in range(_SHAPES):
         _draw_shape(draw, source, width, height)

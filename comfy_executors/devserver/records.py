@@ -57,7 +57,8 @@ class RequestRecord:
     path: str
     status: int | None
     query: dict[str, str]
-    headers: dict[str, str]
+    # Not shown: there may be a key among them.
+    headers: dict[str, str] = field(repr=False)
 
 
 def record_of(request: web.Request, path: str, status: int | None) -> RequestRecord:

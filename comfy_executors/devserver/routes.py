@@ -6,6 +6,7 @@ import io
 import json
 import mimetypes
 import platform
+import re
 import sys
 import time
 import uuid
@@ -17,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from comfy_executors.devserver.engine import Engine
 from comfy_executors.devserver.execution import Setting
-from comfy_executors.devserver.files import FOLDER_TYPES, UnsafePathError
+from comfy_executors.devserver.files import FOLDER_TYPES, UnsafePathError, inside
 from comfy_executors.devserver.hub import FEATURES
 from comfy_executors.devserver.jobs import describe_job
 from comfy_executors.devserver.prompts import Prompt
@@ -31,8 +32,8 @@ Its pictures are placeholders.</p>
 </body></html>
 """
 _PREVIEW_FORMATS = {"webp": "WEBP", "jpeg": "JPEG"}
-# A page or a script that somebody uploaded must not run in a browser.
-_UNSAFE_TYPES = ("text/html", "text/javascript", "text/css", "image/svg+xml")
+# A page, a script or a drawing with one, uploaded by somebody, must not run in a browser.
+_SAFE_TYPE = re.compile(r"(image|video|audio)/(?!svg).*|text/plain|application/json")
 
 
 class Routes:
@@ -224,7 +225,7 @@ class Routes:
         except UnsafePathError:
             return web.Response(status=403)
         try:
-            path = self._setting.folders.resolve(folder_type, str(subfolder), filename)
+            path = inside(subfolder, filename)
             data = path.read_bytes()
         except UnsafePathError:
             return web.Response(status=400)
@@ -233,21 +234,26 @@ class Routes:
         return _file_response(path.name, data, request.query.get("preview"))
 
     async def upload_image(self, request: web.Request) -> web.StreamResponse:
-        form = await request.post()
-        image = form.get("image")
-        if not isinstance(image, web.FileField) or not image.filename:
+        form = dict(await request.post())
+        files = [field for field in form.values() if isinstance(field, web.FileField)]
+        try:
+            return self._store_image(form)
+        except (UnsafePathError, OSError):
             return web.Response(status=400)
+        finally:
+            for field in files:
+                field.file.close()
+
+    def _store_image(self, form: Mapping[str, object]) -> web.Response:
+        image = form.get("image")
         folder_type = str(form.get("type") or "input")
-        if folder_type not in FOLDER_TYPES:
+        if not isinstance(image, web.FileField) or folder_type not in FOLDER_TYPES:
             return web.Response(status=400)
         subfolder = str(form.get("subfolder", ""))
         overwrite = str(form.get("overwrite", "")).lower() in ("true", "1")
-        try:
-            name = self._setting.folders.store_upload(
-                folder_type, subfolder, image.filename, image.file.read(), overwrite
-            )
-        except (UnsafePathError, OSError):
-            return web.Response(status=400)
+        name = self._setting.folders.store_upload(
+            folder_type, subfolder, image.filename, image.file.read(), overwrite
+        )
         return web.json_response({"name": name, "subfolder": subfolder, "type": folder_type})
 
     async def object_info(self, request: web.Request) -> web.StreamResponse:
@@ -324,8 +330,8 @@ def _is_uuid(value: object) -> bool:
 
 
 def _file_response(name: str, data: bytes, preview: str | None) -> web.Response:
-    content_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
-    if content_type in _UNSAFE_TYPES:
+    content_type = mimetypes.guess_type(name)[0] or ""
+    if not _SAFE_TYPE.fullmatch(content_type):
         content_type = "application/octet-stream"
     if preview is not None:
         converted = _preview(data, preview)

@@ -302,3 +302,14 @@ def test_a_reconnected_client_hears_what_runs(server: DevServer) -> None:
     assert second.receive() == {"type": "executing", "data": {"node": "1"}}
     call(server, "POST", "/interrupt", json={"prompt_id": prompt_id})
     second.until("execution_interrupted")
+
+
+def test_texts_of_the_client_are_in_the_file_whatever_they_are(server: DevServer) -> None:
+    extra = {"extra_pnginfo": {"workflow": {"title": "ü"}, "": 1, "x" * 100: 2, "nul\0": 3}}
+    prompt_id = post(server, plain(), extra_data=extra)
+    server.wait_for(finished())
+    image = pixels(server, output(server, prompt_id)[0])
+    image.load()
+    texts = {key: json.loads(value) for key, value in image.info.items()}
+    assert texts.pop("prompt") == plain()
+    assert texts == {"workflow": {"title": "ü"}, "?": 1, "x" * 79: 2, "nul?": 3}

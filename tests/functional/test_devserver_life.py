@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import ssl
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -247,3 +247,26 @@ def test_the_pytest_plugin_gives_a_clean_server_to_each_test(tmp_path: Path) -> 
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert "2 passed" in run.stdout, run.stdout + run.stderr
+
+
+def test_a_delayed_post_dies_with_the_server(server: DevServer) -> None:
+    server.faults.delay("POST", "/prompt", 0.3)
+    body = json.dumps({"prompt": plain()}).encode()
+    head = f"POST /prompt HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as connection:
+        connection.sendall(head.encode() + body)
+        # Answered after the post was read, which came earlier.
+        assert call(server, "GET", "/queue").status_code == 200
+        server.restart()
+        with pytest.raises(ConnectionResetError):
+            connection.recv(1)
+    server.wait_for(lambda s: s.requests[-1].path == "/prompt")
+    assert server.requests[-1].status is None
+    assert server.prompts == []
+
+
+def test_keys_are_not_shown_in_records() -> None:
+    with dev_server(headers={"Authorization": "Bearer k3y"}) as server:
+        call(server, "GET", "/queue", headers={"Authorization": "Bearer k3y"})
+        assert server.requests[0].headers["Authorization"] == "Bearer k3y"
+        assert "k3y" not in repr(server.requests) + repr(server)
