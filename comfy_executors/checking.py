@@ -21,7 +21,7 @@ _CONVERTERS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
 _PRIMITIVES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "*"}
 # Inputs that choose a file which can be uploaded: their lists lack what lies in subfolders.
 _UPLOADS = ("image_upload", "video_upload", "audio_upload", "file_upload")
-_WARNINGS = {"unknown_input", "unused_node", "text_as_boolean", "input_file_unknown"}
+_WARNINGS = {"unknown_input", "unused_node", "text_as_boolean"}
 _SHOWN_VALUE = 120
 
 Info = Mapping[str, Any]
@@ -39,7 +39,12 @@ def check_nodes(graph: Graph, object_info: Info) -> list[NodeProblem]:
         What the server would refuse or what could only fail, and what it would accept though
         hardly anybody means it; `is_warning` tells these apart.
     """
-    return list(_Check(graph, object_info).problems())
+    checked = _Check(graph, object_info)
+    problems = list(checked.problems())
+    if all(map(is_warning, problems)):
+        # With a bad link, a node may be unused only because of that.
+        problems += checked.unused()
+    return problems
 
 
 def is_warning(problem: NodeProblem) -> bool:
@@ -60,15 +65,19 @@ class _Check:
             yield self._unknown_class(node_id)
         if not outputs and not unknown:
             yield self._no_outputs()
+        yield from self._cycles()
         # A class that the server does not know may be an output, too.
         runs = self._needed_by(outputs) if outputs and not unknown else set(self._graph)
-        yield from self._cycles()
         for node_id in self._graph:
             if node_id in runs:
                 yield from self._inputs(node_id)
+
+    def unused(self) -> Problems:
+        runs = self._needed_by(output_nodes(self._graph, self._info))
+        reason = "no output node needs it: it does not run"
         for node_id in output_nodes(self._graph):
             if node_id not in runs:
-                yield self._problem(node_id, None, None, "unused_node", _UNUSED)
+                yield self._problem(node_id, None, None, "unused_node", reason)
 
     def _problem(
         self,
@@ -94,7 +103,7 @@ class _Check:
 
     def _unknown_class(self, node_id: str) -> NodeProblem:
         name = class_type(self._graph, node_id) or ""
-        reason = "the server has no such node class; is its custom node package installed there?"
+        reason = "the server has no such node class (is its custom node package installed there?)"
         nearest = nearest_names(name, self._info)
         return self._problem(node_id, None, name, "missing_node_type", reason, nearest)
 
@@ -219,19 +228,19 @@ class _Check:
         if known is None or "remote" in options or str(value) in known:
             return
         if any(options.get(upload) for upload in _UPLOADS):
-            if "/" not in str(value):
-                reason = f"{_shown(value)} is not in the server's input folder now"
+            # In a subfolder, or with a folder's name in brackets behind it, it may well be there.
+            if "/" not in str(value) and not str(value).endswith("]"):
+                reason = f"{_shown(value)} is not in the server's input folder"
                 nearest = nearest_names(str(value), known)
-                yield self._problem(node_id, name, value, "input_file_unknown", reason, nearest)
+                yield self._problem(
+                    node_id, name, value, "custom_validation_failed", reason, nearest
+                )
             return
         reason = f"{_shown(value)} is not on the server"
         if not known:
             reason += ", which has none to choose from"
         nearest = nearest_names(str(value), known)
         yield self._problem(node_id, name, value, "value_not_in_list", reason, nearest)
-
-
-_UNUSED = "no output node needs it: it does not run"
 
 
 def _type(config: Any) -> str:

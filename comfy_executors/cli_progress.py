@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 import time
@@ -29,13 +30,13 @@ class Display:
         self._open = True
         self._handler = _WarningHandler(self)
 
-    def result(self, line: str) -> None:
-        """Write one line of what was asked for to stdout, at once.
+    def result(self, *lines: str) -> None:
+        """Write lines of what was asked for to stdout, at once.
 
         Raises:
             BrokenPipeError: Nobody reads it any more.
         """
-        print(line, flush=True)
+        print(*lines, sep="\n", flush=True)
 
     def note(self, text: str) -> None:
         """Tell people something on stderr, unless they want quiet."""
@@ -54,6 +55,13 @@ class Display:
         with self._lock:
             if self._open:
                 self._show(event)
+
+    def end_progress(self) -> None:
+        """Show no more progress; what is left to say comes below it."""
+        with self._lock:
+            if self._open:
+                self._open = False
+                self._close()
 
     def _show(self, event: ProgressEvent) -> None:
         pass
@@ -74,10 +82,8 @@ class Display:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.end_progress()
         logging.getLogger("comfy_executors").removeHandler(self._handler)
-        with self._lock:
-            self._open = False
-            self._close()
 
 
 class LineDisplay(Display):
@@ -119,11 +125,12 @@ class BarDisplay(Display):
         from tqdm import tqdm
 
         super().__init__()
-        # miniters=0 makes `update(0)` redraw, though no oftener than every 0.1 s.
-        self._bar: Any = tqdm(total=total, unit="image", miniters=0, dynamic_ncols=True)
+        # miniters=0 makes `update(0)` redraw, though no oftener than every 0.1 s; smoothing=0
+        # makes the rate that of the whole run, where images come by the batch.
+        self._bar: Any = tqdm(total=total, unit=" images", miniters=0, smoothing=0, **_width())
 
-    def result(self, line: str) -> None:
-        self._bar.write(line, file=sys.stdout)
+    def result(self, *lines: str) -> None:
+        self._bar.write("\n".join(lines), file=sys.stdout)
         sys.stdout.flush()
 
     def delivered(self, images: int) -> None:
@@ -143,6 +150,12 @@ class BarDisplay(Display):
         self._bar.close()
 
 
+def _width() -> dict[str, Any]:
+    # Some terminals, such as those of CI, say that they have no columns: the bar would be empty.
+    known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    return {"dynamic_ncols": True} if known else {"ncols": 80}
+
+
 class _WarningHandler(logging.Handler):
     """Passes the library's log on to a display."""
 
@@ -153,7 +166,11 @@ class _WarningHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         # Above warnings there are only bugs, whose tracebacks nobody should miss.
         show = self._display.error if record.levelno > logging.WARNING else self._display.note
-        show(f"{record.levelname.lower()}: {self.format(record)}")
+        try:
+            show(f"{record.levelname.lower()}: {self.format(record)}")
+        except Exception:
+            # As all handlers do: a broken stderr must not fail the batch that warned.
+            self.handleError(record)
 
 
 def where(event: ProgressEvent) -> str:

@@ -1,0 +1,454 @@
+"""The command line as people use it: real processes, pipes, terminals and signals."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import pty
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import comfy_executors
+from comfy_executors.cli import main
+from comfy_executors.devserver import DevServer
+
+DEMO = Path(comfy_executors.__file__).with_name("demo") / "workflow.json.jinja"
+PATIENCE = 60.0
+HOSTILE = 'a "fox"\\\n{{ 7 * 7 }} {% raw %} "}}, \u00e9 \U0001f98a </s> $(id)'
+BENCH = """{
+  "1": {"class_type": "BenchSampler", "_meta": {"title": "Noise"}, "inputs": {
+    "seed": 1, "width": 16, "height": 16, "batch_size": {{ batch_size }}, "steps": 4,
+    "seconds": {{ seconds | default(0) }}, "fail": "{{ fail | default('') }}",
+    "text": "{{ prompt | default('') }}"}},
+  "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "noise"}}
+}"""
+SECRET = "hunter2-0123456789"
+
+
+class Cli:
+    """Runs `python -m comfy_executors` in a folder of its own."""
+
+    def __init__(self, folder: Path, server: DevServer) -> None:
+        self.folder = folder
+        self.server = server
+        (folder / "bench.jinja").write_text(BENCH, encoding="utf-8")
+        self.environment = {**os.environ, "COMFYUI_URL": server.url, "PYTHONIOENCODING": "utf-8"}
+
+    def start(self, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+        options.setdefault("stdout", subprocess.PIPE)
+        options.setdefault("stderr", subprocess.PIPE)
+        return subprocess.Popen(
+            [sys.executable, "-m", "comfy_executors", *arguments],
+            cwd=self.folder,
+            env=self.environment,
+            encoding="utf-8",
+            **options,
+        )
+
+    def __call__(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        process = self.start(*arguments)
+        out, err = process.communicate(timeout=PATIENCE)
+        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+    def within(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run it in this process, which is quicker, with this folder and environment."""
+        out, err = io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+            patch.chdir(self.folder)
+            patch.delenv("COMFYUI_URL", raising=False)
+            if "COMFYUI_URL" in self.environment:
+                patch.setenv("COMFYUI_URL", self.environment["COMFYUI_URL"])
+            try:
+                code = main(arguments)
+            except SystemExit as end:
+                code = int(end.code or 0)
+        return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+    def block(self, package: str) -> None:
+        """Make a package look as if it were not installed."""
+        stub = self.folder / "stubs" / package
+        stub.mkdir(parents=True)
+        (stub / "__init__.py").write_text(f"raise ImportError({package!r})\n", encoding="utf-8")
+        self.environment["PYTHONPATH"] = str(stub.parent)
+
+    def saved(self, output: str = "out") -> list[str]:
+        return sorted(str(path) for path in (self.folder / output).glob("*.png"))
+
+    def statuses(self) -> Counter[str]:
+        return Counter(prompt.status for prompt in self.server.prompts)
+
+
+@pytest.fixture(scope="module")
+def shared_server() -> Iterator[DevServer]:
+    with DevServer() as server:
+        yield server
+
+
+@pytest.fixture
+def cli(tmp_path: Path, shared_server: DevServer) -> Cli:
+    shared_server.reset()
+    return Cli(tmp_path, shared_server)
+
+
+def events(out: str) -> list[Any]:
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def in_terminal(cli: Cli, *arguments: str) -> tuple[int, str]:
+    """Run with stdout and stderr on a terminal of 100 columns; return code and all it wrote."""
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    process = cli.start(*arguments, stdout=follower, stderr=follower)
+    os.close(follower)
+    written = b""
+    until = time.monotonic() + PATIENCE
+    while select.select([leader], [], [], max(0.0, until - time.monotonic()))[0]:
+        try:
+            written += os.read(leader, 65536)
+        except OSError:  # the other side is closed: the process has ended
+            break
+    os.close(leader)
+    return process.wait(PATIENCE), written.decode()
+
+
+# run
+
+
+def test_run_saves_every_image_and_names_it(cli: Cli) -> None:
+    done = cli("run", "bench.jinja", "--num-samples", "20", "--batch-size", "8")
+    assert (done.returncode, cli.statuses()) == (0, {"success": 3})
+    assert sorted(str(cli.folder / line) for line in done.stdout.splitlines()) == cli.saved()
+    assert len(cli.saved()) == 20
+    assert done.stderr.startswith("20 images in out after ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_run_again_overwrites_nothing(cli: Cli) -> None:
+    for _ in range(2):
+        assert cli.within("run", "bench.jinja", "--seed", "5", "--output", "a b").returncode == 0
+    assert len(cli.saved("a b")) == 2
+
+
+def test_json_lines_account_for_all(cli: Cli) -> None:
+    done = cli(
+        *("run", "bench.jinja", "--num-samples", "5", "--batch-size", "2"),
+        *("--seed", "7", "--ordered", "--json"),
+    )
+    start, *images, end = events(done.stdout)
+    assert (start["event"], start["num_samples"], start["batches"]) == ("start", 5, 3)
+    assert [image["event"] for image in images] == ["image"] * 5
+    assert [(image["batch"], image["seed"]) for image in images] == [
+        (0, 7), (0, 7), (1, 8), (1, 8), (2, 9),
+    ]  # fmt: skip
+    assert {image["prompt_id"] for image in images} == {p.prompt_id for p in cli.server.prompts}
+    assert all((cli.folder / image["path"]).is_file() for image in images)
+    assert (end["event"], end["delivered"], end["failed"]) == ("end", 5, 0)
+
+
+def test_hostile_text_arrives_as_it_was_typed(cli: Cli) -> None:
+    assert cli("run", "bench.jinja", "--var", f"prompt={HOSTILE}").returncode == 0
+    (prompt,) = cli.server.prompts
+    assert prompt.graph["1"]["inputs"]["text"] == HOSTILE
+    assert prompt.graph.keys() == {"1", "2"}
+
+
+def test_var_json_gives_numbers(cli: Cli) -> None:
+    assert cli.within("run", "bench.jinja", "--var-json", "seconds=0.01").returncode == 0
+    assert cli.server.prompts[0].graph["1"]["inputs"]["seconds"] == 0.01
+
+
+def test_input_images_are_sent(cli: Cli) -> None:
+    cli.within("run", "bench.jinja")
+    template = '{"1": {"class_type": "LoadImage", "inputs": {"image": "{{ input_images[0] }}"}},'
+    template += '"2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], '
+    (cli.folder / "load.jinja").write_text(template + '"filename_prefix": "loaded"}}}')
+    (image,) = cli.saved()
+    assert cli.within("run", "load.jinja", "--input", image).returncode == 0
+    assert len(list((cli.folder / "out").glob("loaded*"))) == 1
+    assert cli.within("check", "load.jinja", "--input", image).returncode == 0
+    assert "--input" in cli.within("check", "load.jinja").stderr
+
+
+def test_a_failed_batch_cancels_the_others(cli: Cli) -> None:
+    done = cli("run", "bench.jinja", "--num-samples", "30", "--var", "fail=boom", "--json")
+    *_, end = events(done.stdout)
+    assert done.returncode == 1
+    assert end["delivered"] == 0
+    assert end["failed"] + end["cancelled"] == 30
+    assert 1 <= cli.statuses()["error"] < 10
+    assert 'Node 1 "Noise" (BenchSampler) failed: RuntimeError: boom' in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_ignore_errors_runs_all_and_says_one_thing_once(cli: Cli) -> None:
+    failing = (*("run", "bench.jinja", "--num-samples", "6"), *("--var", "fail=boom"))
+    done = cli.within(*failing, "--ignore-errors", "--json")
+    errors = [event for event in events(done.stdout) if event["event"] == "error"]
+    assert (done.returncode, cli.statuses()) == (1, {"error": 6})
+    assert sorted(error["batch"] for error in errors) == [0, 1, 2, 3, 4, 5]
+    assert {error["exception_type"] for error in errors} == {"RuntimeError"}
+    assert done.stderr.count("boom") == 1
+
+
+def test_timeout(cli: Cli) -> None:
+    slow = ("run", "bench.jinja", "--var-json", "seconds=3600", "--num-samples", "3")
+    done = cli(*slow, "--timeout", "0.7")
+    assert (done.returncode, "timeout" in done.stderr) == (1, True)
+    assert cli.statuses()["success"] == 0
+    assert not {"running", "pending"} & cli.statuses().keys()
+
+
+def test_quiet_leaves_the_paths(cli: Cli) -> None:
+    done = cli("run", "bench.jinja", "--quiet")
+    assert (done.stderr, len(done.stdout.splitlines())) == ("", 1)
+
+
+def test_a_literal_batch_size_is_pointed_out(cli: Cli) -> None:
+    (cli.folder / "four.jinja").write_text(BENCH.replace("{{ batch_size }}", "4"))
+    done = cli.within("run", "four.jinja", "--num-samples", "2", "--batch-size", "2")
+    assert len(cli.saved()) == 8
+    assert "--batch-size has no effect" in done.stderr
+    assert "write {{ batch_size }} in the template" in done.stderr
+
+
+# What cannot work
+
+
+USAGE = [
+    (["run"], "TEMPLATE"),
+    (["run", "none.jinja"], "cannot read the template none.jinja: No such file or directory"),
+    (["run", "bench.jinja", "--num-samples", "0"], "a whole number from 1"),
+    (["run", "bench.jinja", "--timeout", "inf"], "a number of seconds"),
+    (["run", "bench.jinja", "--seed", "-1"], "a whole number from 0"),
+    (["run", "bench.jinja", "--seed", str(2**64 - 1), "--num-samples", "2"], "seed"),
+    (["run", "bench.jinja", "--var", "fox"], "write name=value"),
+    (["run", "bench.jinja", "--var-json", "fail=fox"], "is not JSON"),
+    (["run", "bench.jinja", "--var", "promt=x"], "did you mean prompt?"),
+    (["run", "bench.jinja", "--var", "fail=x", "--var", "fail=y"], "given twice"),
+    (["run", "bench.jinja", "--var", "batch_size=2"], "filled in by --batch-size"),
+    (["run", "bench.jinja", "--input", "none.png"], "none.png': No such file or directory"),
+    (["run", "bench.jinja", "--output", "bench.jinja"], "cannot make the folder bench.jinja"),
+    (["run", "bench.jinja", "--server", "ftp://host"], "not an address"),
+    (["run", str(DEMO)], "give them with --var prompt=TEXT"),
+    (["devserver", "--port", "70000"], "a whole number from 0 to 65535"),
+    ([], "COMMAND"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), USAGE)
+def test_wrong_usage_is_2(cli: Cli, arguments: list[str], words: str) -> None:
+    done = cli.within(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert cli.server.prompts == []
+
+
+def test_a_refused_graph_is_2(cli: Cli) -> None:
+    bad = ("--var", "prompt=x", "--var", "checkpoint=sd_xl.safetensors")
+    done = cli.within("run", str(DEMO), *bad, "--json")
+    errors = [event for event in events(done.stdout) if event["event"] == "error"]
+    assert done.returncode == 2
+    assert errors[0]["problems"][0]["input_name"] == "ckpt_name"
+    assert "nearest: sd_xl_base_1.0.safetensors" in done.stderr
+
+
+def test_no_server_is_3(cli: Cli) -> None:
+    done = cli("run", "bench.jinja", "--server", "127.0.0.1:1", "--json")
+    assert done.returncode == 3
+    assert "Connection refused" in done.stderr
+    assert [event["event"] for event in events(done.stdout)] == ["start", "error", "end"]
+    assert cli("check", "bench.jinja", "--server", "127.0.0.1:1").returncode == 3
+
+
+def test_another_kind_of_server_is_3(cli: Cli) -> None:
+    address = f"{cli.server.url}/view"
+    done = cli.within("run", "bench.jinja", "--server", address)
+    assert (done.returncode, "Traceback" in done.stderr) == (3, False)
+    assert address in done.stderr
+
+
+def test_a_key_is_asked_for_sent_and_never_shown(cli: Cli) -> None:
+    with DevServer(headers={"Authorization": f"Bearer {SECRET}"}) as server:
+        key = ("--server", server.url, "--header", f"Authorization: Bearer {SECRET}")
+        refused = cli.within("run", "bench.jinja", "--server", server.url)
+        taken = cli.within("run", "bench.jinja", *key)
+        assert (refused.returncode, taken.returncode) == (3, 0)
+        assert cli.within("check", "bench.jinja", *key).returncode == 0
+    assert "--header" in refused.stderr
+    malformed = cli.within("run", "bench.jinja", "--header", SECRET)
+    wrong = cli.within("run", "bench.jinja", *key[:2], "--header", f"Key: {SECRET}\nX")
+    assert (malformed.returncode, wrong.returncode) == (2, 2)
+    for done in (taken, malformed, wrong):
+        assert SECRET not in done.stdout + done.stderr
+
+
+# Pipes, terminals and signals
+
+
+def test_ctrl_c_cancels_on_the_server(cli: Cli) -> None:
+    slow = ("run", "bench.jinja", "--var-json", "seconds=3600", "--num-samples", "20", "--json")
+    process = cli.start(*slow)
+    cli.server.wait_for(lambda server: len(server.prompts) == 4, PATIENCE)
+    cli.server.wait_for(lambda server: server.prompts[0].status == "running", PATIENCE)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130
+    statuses = cli.statuses()
+    assert sum(statuses.values()) == statuses["interrupted"] + statuses["deleted"] == 4
+    *_, end = events(out)
+    assert (end["delivered"], end["cancelled"], end["interrupted"]) == (0, 20, True)
+    assert "Traceback" not in err
+
+
+def test_what_came_before_ctrl_c_is_told(cli: Cli) -> None:
+    process = cli.start(
+        *("run", "bench.jinja", "--var-json", "seconds=0.05", "--num-samples", "2000")
+    )
+    assert process.stdout is not None
+    first = process.stdout.readline()
+    process.send_signal(signal.SIGTERM)  # as service managers and `timeout` do
+    rest, err = process.communicate(timeout=PATIENCE)
+    paths = [first.strip(), *rest.splitlines()]
+    assert process.returncode == 130
+    assert sorted(str(cli.folder / path) for path in paths) == cli.saved()
+    assert f"{len(paths)} of 2000 images" in err
+    assert not {"running", "pending"} & cli.statuses().keys()
+
+
+def test_a_closed_pipe_ends_the_run_quietly(cli: Cli) -> None:
+    process = cli.start(
+        *("run", "bench.jinja", "--var-json", "seconds=0.05", "--num-samples", "2000")
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(PATIENCE) == 1
+    assert len(cli.server.prompts) < 2000
+    assert not {"running", "pending"} & cli.statuses().keys()
+    process.stderr.close()
+
+
+def test_a_bar_on_a_terminal(cli: Cli) -> None:
+    code, shown = in_terminal(
+        cli, *("run", str(DEMO), "--var", "prompt=x", "--num-samples", "4", "--batch-size", "2")
+    )
+    assert code == 0
+    assert "100%|" in shown
+    assert "4/4 [" in shown
+    assert "batch 1: KSampler" in shown
+    assert "4 images in out after" in shown.splitlines()[-1]
+    assert shown.count("out/comfy-executors_0") == 4
+
+
+def test_lines_on_a_terminal_without_tqdm(cli: Cli) -> None:
+    cli.block("tqdm")
+    code, shown = in_terminal(cli, "run", "bench.jinja", "--num-samples", "4", "--batch-size", "2")
+    lines = shown.splitlines()
+    assert code == 0
+    assert "4/4 [" not in shown
+    assert {"batch 0 runs", "batch 1 runs"} <= set(lines)
+    assert sum("is done: " in line for line in lines) == 2
+    assert sum(line.endswith("is done: 4 of 4 images") for line in lines) == 1
+
+
+def test_quiet_on_a_terminal(cli: Cli) -> None:
+    code, shown = in_terminal(cli, "run", "bench.jinja", "--quiet")
+    assert (code, shown) == (0, "out/noise_00001_.png\r\n")
+
+
+# check
+
+
+def test_check_finds_all_and_runs_nothing(cli: Cli) -> None:
+    bad = ("--var", "checkpoint=sd_xl", "--var", "steps=many", "--var-json", "width=7")
+    done = cli("check", str(DEMO), "--var", "prompt=x", *bad)
+    assert done.returncode == 2
+    assert len(done.stdout.splitlines()) == 3
+    assert 'Node 4 "Load Checkpoint" (CheckpointLoaderSimple), input ckpt_name:' in done.stdout
+    assert "3 errors and 0 warnings; nothing was run" in done.stderr
+    assert cli.server.prompts == []
+
+
+def test_check_in_json(cli: Cli) -> None:
+    done = cli.within("check", str(DEMO), "--var", "prompt=x", "--var", "steps=many", "--json")
+    problem, end = events(done.stdout)
+    assert (problem["event"], problem["level"]) == ("problem", "error")
+    assert (problem["node_id"], problem["input_name"], problem["value"]) == ("3", "steps", "many")
+    assert (end["event"], end["errors"], done.returncode) == ("end", 1, 2)
+
+
+def test_check_without_a_server_renders(cli: Cli) -> None:
+    del cli.environment["COMFYUI_URL"]
+    many = ("--var", "prompt=x", "--var", "steps=many")
+    assert cli.within("check", str(DEMO), *many).returncode == 0
+    (cli.folder / "bad.jinja").write_text('{"1": {"class_type": "A", "inputs": {},}}')
+    done = cli.within("check", "bad.jinja")
+    assert (done.returncode, "trailing comma" in done.stderr) == (2, True)
+
+
+def test_check_lists_the_variables_that_are_wanted(cli: Cli) -> None:
+    done = cli.within("check", str(DEMO))
+    assert done.returncode == 2
+    assert {"prompt: required", "steps: optional"} <= set(done.stdout.splitlines())
+    assert "batch_size: filled in by --batch-size" in done.stdout.splitlines()
+    assert "missing variables: prompt" in done.stderr
+
+
+# demo, devserver, version
+
+
+def test_the_demo_makes_16_images_and_says_what_is_next(cli: Cli) -> None:
+    done = cli("demo", "--output", "pictures")
+    assert (done.returncode, len(done.stdout.splitlines())) == (0, 16)
+    assert len({Path(path).read_bytes() for path in cli.saved("pictures")}) == 16
+    assert "comfy-executors check TEMPLATE" in done.stderr
+    assert str(DEMO) in done.stderr
+
+
+@pytest.mark.parametrize("command", ["demo", "devserver"])
+def test_a_missing_extra_is_named(cli: Cli, command: str) -> None:
+    cli.block("aiohttp")
+    done = cli(command)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "pip install 'comfy-executors[devserver]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_the_devserver_serves_until_it_is_stopped(cli: Cli, stop: signal.Signals) -> None:
+    process = cli.start("devserver", "--port", "0", "--json", "--step-seconds", "0")
+    assert process.stdout is not None
+    url = json.loads(process.stdout.readline())["url"]
+    assert cli("run", "bench.jinja", "--server", url).returncode == 0
+    process.send_signal(stop)
+    _, err = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, "Traceback" in err) == (0, False)
+    assert len(cli.saved()) == 1
+
+
+def test_a_taken_port_is_named(cli: Cli) -> None:
+    done = cli.within("devserver", "--port", str(cli.server.port))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert str(cli.server.port) in done.stderr
+
+
+def test_version(cli: Cli) -> None:
+    done = cli("version")
+    assert (done.returncode, done.stdout.strip()) == (0, comfy_executors.__version__)
