@@ -20,7 +20,8 @@
     │   ├── ServerUnreachableError      nobody answers
     │   ├── ServerNotReadyError         it did not become ready in time (also a TimeoutError)
     │   ├── AuthenticationError         it answers 401 or 403
-    │   └── ServerResponseError         it answers something that no ComfyUI server would
+    │   ├── ServerResponseError         it answers something that no ComfyUI server would
+    │   └── EndpointNotFoundError       RunPod does not know the endpoint, or not under this key
     └── WorkflowError                   a batch failed
         ├── WorkflowRejectedError       the server refused the graph; nothing ran
         ├── NodeExecutionError          a node raised
@@ -28,7 +29,20 @@
         ├── WorkflowTimeoutError        a deadline of ours passed (also a TimeoutError)
         ├── WorkflowCancelledError      we cancelled it (also a CancelledError)
         ├── PromptLostError             the server forgot it
-        └── OutputMissingError          it ran, but a file it reported cannot be had
+        ├── OutputMissingError          it ran, but a file it reported cannot be had
+        ├── PayloadTooLargeError        it is larger than the backend takes (also a ValueError)
+        └── JobError                    a job of a serverless backend failed; `job_id` names it
+            ├── SubmitUncertainError    whether the backend took the job is not known
+            ├── RunPodJobFailedError    the worker reported an error
+            ├── JobTimeoutError         a limit that the job was given passed (also a TimeoutError)
+            ├── JobInterruptedError     somebody else cancelled it (also a WorkflowInterruptedError)
+            ├── WorkerLostError         its worker died or fell silent
+            ├── JobResultLostError      it completed, and its result is gone
+            ├── JobLostError            the backend forgot it right after it took it (also a
+            │   │                           PromptLostError)
+            │   └── JobExpiredError     the backend does not know it, or its result, any more
+            └── JobOutputLostError      it ended, and parts of what it made never came (also a
+                                            PromptLostError)
 
 Facts are attributes; the sentence is made from them. All of them can be pickled.
 """
@@ -256,8 +270,11 @@ class WorkflowError(ComfyExecutorsError):
         prompt_id: The prompt concerned, when it was queued.
         server: The address of the server, without keys.
 
-    The attribute `batch_index` names the batch, from 0, once its run has taken note of the error.
+    The attribute `batch_index` names the batch, from 0, once its run has taken note of the error,
+    and `job_id` the job of a serverless backend that told it.
     """
+
+    job_id: str | None = None
 
     def __init__(
         self, message: str = "", *, prompt_id: str | None = None, server: str | None = None
@@ -424,3 +441,160 @@ class OutputMissingError(WorkflowError):
         self.cached = cached
         self.node_id = node_id
         super().__init__(message, prompt_id=prompt_id, server=server)
+
+
+class EndpointNotFoundError(ServerError):
+    """Raised when RunPod does not know the endpoint, or does not show it to this key."""
+
+
+class PayloadTooLargeError(WorkflowError, ValueError):
+    """Raised when a job is larger than its backend takes; nothing of it was queued.
+
+    Args:
+        message: What is too large and what to do.
+        size: The size of the request, in bytes.
+        limit: The largest size that the backend takes, in bytes.
+        server: The address of the backend, without keys.
+    """
+
+    def __init__(self, message: str, *, size: int, limit: int, server: str | None = None) -> None:
+        self.size = size
+        self.limit = limit
+        super().__init__(message, server=server)
+
+
+class JobError(WorkflowError):
+    """Raised when a job of a serverless backend fails.
+
+    Args:
+        message: What happened and what to do.
+        job_id: The backend's id of the job; None when it never told one.
+        server: The address of the backend, without keys.
+    """
+
+    def __init__(
+        self, message: str = "", *, job_id: str | None = None, server: str | None = None
+    ) -> None:
+        self.job_id = job_id
+        super().__init__(message, server=server)
+
+    def __str__(self) -> str:
+        return f"job {self.job_id}: {self.message}" if self.job_id else self.message
+
+
+class SubmitUncertainError(JobError):
+    """Raised when a job was sent and its answer never came: it may be queued, or not.
+
+    Args:
+        message: What happened and what to do.
+        request_id: Our own id of the job, which its input carries.
+        server: The address of the backend, without keys.
+    """
+
+    def __init__(
+        self, message: str, *, request_id: str | None = None, server: str | None = None
+    ) -> None:
+        self.request_id = request_id
+        super().__init__(message, server=server)
+
+
+class RunPodJobFailedError(JobError):
+    """Raised when the worker of a RunPod endpoint reports that a job failed.
+
+    Args:
+        reason: What the worker said, without a traceback.
+        job_id: The job.
+        exception_type: The name of the exception on the worker, such as `RuntimeError`, if it
+            was one.
+        traceback: Its traceback as the worker sent it; paths are the worker's.
+        details: Further sentences of the worker, such as one for each node that is wrong.
+        worker_id: The worker that ran it.
+        server: The address of the endpoint, without keys.
+    """
+
+    def __init__(
+        self,
+        reason: str,
+        *,
+        job_id: str | None = None,
+        exception_type: str | None = None,
+        traceback: str = "",
+        details: Sequence[str] = (),
+        worker_id: str | None = None,
+        server: str | None = None,
+    ) -> None:
+        self.reason = reason
+        self.exception_type = exception_type
+        self.traceback = traceback
+        self.details = tuple(details)
+        self.worker_id = worker_id
+        text = f"{exception_type}: {reason}" if exception_type else reason
+        super().__init__("; ".join(("failed: " + text, *details)), job_id=job_id, server=server)
+
+
+class JobTimeoutError(JobError, _Timeout):
+    """Raised when a job ran, or waited, longer than the limits that it was submitted with.
+
+    Args:
+        message: What happened and what to do.
+        started: Whether a worker had begun it.
+        job_id: The job.
+        server: The address of the backend, without keys.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        started: bool,
+        job_id: str | None = None,
+        server: str | None = None,
+    ) -> None:
+        self.started = started
+        super().__init__(message, job_id=job_id, server=server)
+
+
+class JobInterruptedError(JobError, WorkflowInterruptedError):
+    """Raised when a job was cancelled by somebody else, or its queue was purged."""
+
+
+class WorkerLostError(JobError):
+    """Raised when the worker of a job died or fell silent, and the backend gave the job up.
+
+    Args:
+        message: What happened and what to do.
+        retries: How often the backend had begun the job anew.
+        job_id: The job.
+        worker_id: The worker that had it last.
+        server: The address of the backend, without keys.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        retries: int | None = None,
+        job_id: str | None = None,
+        worker_id: str | None = None,
+        server: str | None = None,
+    ) -> None:
+        self.retries = retries
+        self.worker_id = worker_id
+        super().__init__(message, job_id=job_id, server=server)
+
+
+class JobResultLostError(JobError):
+    """Raised when a job completed without a result: it made none, or one that is too large."""
+
+
+class JobLostError(JobError, PromptLostError):
+    """Raised when the backend does not know a job that it took a moment ago."""
+
+
+class JobExpiredError(JobLostError):
+    """Raised when the backend does not know a job any more: it, or its result, expired or was
+    lost."""
+
+
+class JobOutputLostError(JobError, PromptLostError):
+    """Raised when a job ended, but parts of what its batches made never arrived."""

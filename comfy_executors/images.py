@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Union
@@ -31,6 +31,7 @@ _KINDS = {
     "text": "txt json csv md srt vtt yaml yml xml",
     "3d": "glb gltf obj ply stl fbx usdz splat spz ksplat",
 }
+_SHOWN_PATH = 200
 _KIND_OF = {suffix: kind for kind, suffixes in _KINDS.items() for suffix in suffixes.split()}
 
 InputImageSource = Union["InputImage", str, "os.PathLike[str]", bytes, IO[bytes], "Image.Image"]
@@ -64,8 +65,8 @@ class InputImage:
         if not isinstance(self.data, bytes):
             raise InputImageError(f"an input image needs bytes, not {type(self.data).__name__}")
         if not self.data:
-            raise InputImageError(f"the input image {self.name or ''} is empty".replace("  ", " "))
-        if self.name is not None and safe_name(self.name, "") != self.name:
+            raise InputImageError(f"the input image {self.name or '(bytes)'} is empty")
+        if self.name is not None and safe_name(self.name, "_") != self.name:
             raise InputImageError(f"{self.name!r} is no plain file name for an input image")
 
     @classmethod
@@ -106,20 +107,30 @@ class InputImage:
 
 
 def _read_path(path: str | os.PathLike[str]) -> bytes:
+    # Whoever passes base64 text as a path should not have all of it in the error.
+    shown = repr(os.fspath(path)[:_SHOWN_PATH])
     try:
-        return Path(path).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        data = Path(path).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL or a surrogate in the path
         reason = getattr(error, "strerror", None) or error
-        raise InputImageError(f"cannot read the input image {os.fspath(path)}: {reason}") from error
+        hint = "; download it, and pass its bytes" if "://" in shown else ""
+        raise InputImageError(f"cannot read the input image {shown}: {reason}{hint}") from error
+    if not data:
+        raise InputImageError(f"the input image {shown} is empty")
+    return data
 
 
 def _read_file(file: Any) -> bytes:
+    if isinstance(file, io.TextIOBase):
+        raise InputImageError("an input image file must be opened in binary mode ('rb')")
     try:
         data = file.read()
     except (OSError, ValueError) as error:  # ValueError: the file is closed
         raise InputImageError(f"cannot read an input image from {file!r}: {error}") from error
     if not isinstance(data, bytes):
-        raise InputImageError("an input image file must be opened in binary mode ('rb')")
+        raise InputImageError(f"reading {file!r} gave {type(data).__name__} instead of bytes")
+    if not data:
+        raise InputImageError(f"{file!r} is empty, or was read to its end already")
     return data
 
 
@@ -127,7 +138,7 @@ def _encode_png(image: Any) -> bytes:
     buffer = io.BytesIO()
     try:
         image.save(buffer, format="PNG")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SyntaxError) as error:
         raise InputImageError(f"Pillow cannot save an input image as PNG: {error}") from error
     return buffer.getvalue()
 
@@ -142,10 +153,19 @@ class InputImageSet:
         sources: What `InputImage.load` takes, in order.
 
     Raises:
-        InputImageError: One cannot be read, or two have the same name.
+        InputImageError: One cannot be read, two have the same name, or it is no list.
     """
 
+    has_folder = True
+
     def __init__(self, sources: Sequence[InputImageSource]) -> None:
+        # A path is a sequence too, of letters, and an open file one of lines.
+        single = isinstance(sources, (str, bytes, bytearray)) or hasattr(sources, "read")
+        if single or not isinstance(sources, Iterable):
+            raise InputImageError(
+                f"input_images is a list of images, not one {type(sources).__name__}: "
+                "write input_images=[image]"
+            )
         images = [InputImage.load(source) for source in sources]
         self.files: dict[str, bytes] = {}
         digest = hashlib.sha256()
@@ -250,8 +270,6 @@ class WorkflowOutput:
             OutputFileError: It cannot be written.
         """
         text = os.fspath(path)
-        if "\0" in text:
-            raise OutputFileError("cannot save to a path with a NUL in it")
         target = Path(text)
         if text.endswith(("/", os.sep)) or target.is_dir():
             target = target / safe_subfolder(self.subfolder) / safe_name(self.name, "output")
@@ -302,6 +320,6 @@ def _open_image(data: bytes, name: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data))
         image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # on bytes that are no image its plugins raise in many ways
         raise OutputFileError(f"Pillow cannot open {name!r}: {error}") from error
     return image

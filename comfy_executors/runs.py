@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,6 +78,7 @@ class BatchResult:
         server: The address of the server, without keys.
         seconds: How long it took from being handed out to its last byte.
         attempts: How often it was started; more than 1 after a retry.
+        job_id: The job of a serverless backend that made it.
     """
 
     index: int
@@ -88,6 +89,20 @@ class BatchResult:
     server: str | None = None
     seconds: float = 0.0
     attempts: int = 1
+    job_id: str | None = None
+
+
+@dataclass(frozen=True)
+class BatchFailure:
+    """What a backend yields for one batch of a job that failed while others go on.
+
+    Args:
+        index: The batch's place in the run, from 0.
+        error: Why it failed; it is not run again.
+    """
+
+    index: int
+    error: BaseException
 
 
 @dataclass(frozen=True)
@@ -96,13 +111,15 @@ class ProgressEvent:
 
     Args:
         kind: `queued` (handed to the server), `started` (the server began), `node` (a node
-            began), `step` (a node's progress), `retry`, `done` or `failed` (of the batch).
+            began), `step` (a node's progress), `waiting` (a serverless queue does not move),
+            `retry`, `done` or `failed` (of the batch).
         batch: The batch's index, from 0.
         node: The node's id, for `node` and `step`.
         title: The node's title, or its class where it has no title.
         step: The step reached, for `step`; the images made, for `done`.
         max: The number of steps, for `step`; the batch's size, for `done`.
-        message: A sentence, for `retry` and `failed`.
+        message: A sentence, for `retry`, `waiting` and `failed`.
+        job_id: The job of a serverless backend, from `queued` on.
     """
 
     kind: str
@@ -112,6 +129,7 @@ class ProgressEvent:
     step: int | None = None
     max: int | None = None
     message: str | None = None
+    job_id: str | None = None
 
 
 ProgressCallback = Callable[[ProgressEvent], object]
@@ -154,6 +172,7 @@ class WorkflowRun:
         lock: threading.RLock,
         window: int,
         on_room: Callable[[], None],
+        job_size: int = 1,
     ) -> None:
         self.batches = tuple(batches)
         self.job = job
@@ -162,6 +181,7 @@ class WorkflowRun:
         self.deadline = None if timeout is None else time.monotonic() + timeout
         self._changed = threading.Condition(lock)
         self._window = window
+        self._job_size = job_size
         self._on_room = on_room
         self._progress_lock = threading.Lock()
 
@@ -441,11 +461,19 @@ class WorkflowRun:
         return self._next < self._end
 
     def _room(self) -> int:
-        """Tell how many batches may be handed out now; the lock is held."""
-        left = self._end - self._next
+        """Tell how many jobs may be handed out now; the lock is held."""
+        left = -(-(self._end - self._next) // self._job_size)
         if self._unbounded:
             return left
-        return max(0, min(left, self._window - (self._next - self._taken)))
+        free = self._window * self._job_size - (self._next - self._taken)
+        return max(0, min(left, free // self._job_size))
+
+    def _wants_more(self, pending: Container[int]) -> bool:
+        """Tell whether a job of several batches shall go on; the lock is held."""
+        if self._unbounded or len(self._results) < self._window:
+            return True
+        # Nobody will take anything before that one.
+        return self.options.ordered and self._taken in pending
 
     def _expire(self) -> None:
         """Fail what was not handed out by the run's deadline."""
@@ -464,16 +492,22 @@ class WorkflowRun:
         self._active = {}
         self._current.clear()
 
-    def _hand_out(self, control: Cancellable) -> Batch | None:
-        """Mark the next batch as running; None where its future was cancelled; the lock is held."""
-        index = self._next
-        self._next += 1
-        future = self._futures.get(index)
-        if future is not None and not future.set_running_or_notify_cancel():
-            self._note(index, WorkflowCancelledError("its future was cancelled"))
-            return None
-        self._active[index] = control
-        return self.batches[index]
+    def _hand_out(self, control: Cancellable) -> list[Batch]:
+        """Mark the batches of the next job as running, but for those whose futures were cancelled.
+
+        The lock is held.
+        """
+        batches: list[Batch] = []
+        while self._next < self._end and len(batches) < self._job_size:
+            index = self._next
+            self._next += 1
+            future = self._futures.get(index)
+            if future is not None and not future.set_running_or_notify_cancel():
+                self._note(index, WorkflowCancelledError("its future was cancelled"))
+                continue
+            self._active[index] = control
+            batches.append(self.batches[index])
+        return batches
 
     def _succeed(self, result: BatchResult) -> None:
         with self._changed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import unicodedata
 import uuid
 from pathlib import Path, PurePosixPath
 
@@ -13,9 +14,13 @@ from comfy_executors.errors import OutputFileError
 _MAX_NAME_BYTES = 200  # file systems allow 255; the rest is for the counter and the temporary name
 _MAX_SUFFIX = 16
 _MAX_DEPTH = 8
-_UNSAFE = re.compile(r'[\x00-\x1f\x7f<>:"|?*]')
-_RESERVED = re.compile(r"^(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\.|$)", re.IGNORECASE)
-_COUNTED = re.compile(r"^(?P<prefix>.*)_(?P<counter>\d{5,})_?$")
+_UNSAFE = frozenset('<>:"|?*')
+# Controls, marks that turn the direction of writing, surrogates, separators of lines.
+_UNSAFE_CATEGORIES = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+_RESERVED = re.compile(
+    r"(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³]) *(\.|$)", re.IGNORECASE
+)
+_COUNTED = re.compile(r"(?P<prefix>.*)_(?P<counter>[0-9]{5,})_?", re.DOTALL)
 # What a file system answers that has no hard links.
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EXDEV}
 
@@ -28,15 +33,21 @@ def safe_name(name: str, default: str) -> str:
         default: What to use where nothing harmless is left.
 
     Returns:
-        A name without separators, control characters and reserved words, of 200 bytes at most.
+        A name without separators, control characters and reserved words, which is not hidden and
+        has 200 bytes at most.
     """
     last = re.split(r"[\\/]", name)[-1]
-    last = _UNSAFE.sub("_", last.encode("utf-8", "replace").decode()).strip().rstrip(". ")
+    last = "".join("_" if _is_unsafe(letter) else letter for letter in last).strip().rstrip(". ")
     if not last.strip("._ "):
         return default
-    if _RESERVED.match(last):
+    # A leading dot hides a file, and makes some of them mean something: `.htaccess`.
+    if last.startswith(".") or _RESERVED.match(last):
         last = f"_{last}"
     return _shorten(last)
+
+
+def _is_unsafe(letter: str) -> bool:
+    return letter in _UNSAFE or unicodedata.category(letter) in _UNSAFE_CATEGORIES
 
 
 def safe_subfolder(subfolder: str) -> PurePosixPath:
@@ -52,7 +63,7 @@ def _shorten(name: str) -> str:
     if len(suffix) > _MAX_SUFFIX:
         stem, suffix = name, ""
     room = _MAX_NAME_BYTES - len(suffix.encode())
-    return stem.encode()[:room].decode("utf-8", "ignore") + suffix
+    return stem.encode()[:room].decode("utf-8", "ignore").rstrip(". ") + suffix
 
 
 def save_bytes(data: bytes, target: Path) -> Path:
@@ -78,8 +89,9 @@ def save_bytes(data: bytes, target: Path) -> Path:
             return _publish(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputFileError(f"cannot save {target}: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL or a surrogate in the path
+        reason = getattr(error, "strerror", None) or error
+        raise OutputFileError(f"cannot save {str(target)!r}: {reason}") from error
 
 
 def _write_through(path: Path, data: bytes) -> None:
@@ -129,11 +141,23 @@ def _claim_without_links(temporary: Path, target: Path) -> bool:
 
 
 def _next_free(target: Path) -> Path:
-    counted = _COUNTED.match(target.stem)
+    """Find a free number whose predecessor is taken, by doubling the step and halving it again.
+
+    Listing the folder for each file, as ComfyUI does, would take minutes for ten thousand.
+    """
+    counted = _COUNTED.fullmatch(target.stem)
     prefix = counted["prefix"] if counted else target.stem
-    counters = [int(counted["counter"])] if counted else [0]
-    for name in os.listdir(target.parent):
-        match = _COUNTED.match(os.path.splitext(name)[0])
-        if match and match["prefix"] == prefix:
-            counters.append(int(match["counter"]))
-    return target.with_name(f"{prefix}_{max(counters) + 1:05d}_{target.suffix}")
+    taken = int(counted["counter"]) if counted else 0
+
+    def numbered(number: int) -> str:
+        return os.path.join(target.parent, f"{prefix}_{number:05d}_{target.suffix}")
+
+    step = 1
+    while os.path.lexists(numbered(taken + step)):
+        taken += step
+        step *= 2
+    while step > 1:
+        step //= 2
+        if os.path.lexists(numbered(taken + step)):
+            taken += step
+    return Path(numbered(taken + 1))

@@ -145,7 +145,7 @@ class ComfyUIClient:
                 return None
             # Null in entries of old servers; then the outputs are all there is.
             status = entry.get("status") or {}
-            messages = {kind: data for kind, data in status.get("messages") or ()}
+            messages = dict(status.get("messages") or ())
             error = _ending(messages, graph, self.http.base_url)
             if error is None and status.get("status_str") == "error":
                 error = WorkflowError(
@@ -303,8 +303,11 @@ def _problem(
         reason = "is required and missing"
     elif kind == "exception_during_validation" and extra.get("exception_type") == "KeyError":
         reason = f"it links to node {details}, which is not in the graph"
-    elif details and details != extra.get("input_name"):
-        reason += f": {details}"
+    else:
+        # The details begin with the input's name, which stands before the reason already.
+        name = re.escape(str(extra.get("input_name")))
+        details = re.sub(f"^{name}($|, | - )", "", details)
+        reason += f": {details}" if details else ""
     return NodeProblem(
         node_id=node_id,
         class_type=node.get("class_type") or class_type(graph, node_id),

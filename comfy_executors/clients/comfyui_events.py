@@ -7,115 +7,45 @@ server's queue and history up instead.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import random
+import socket
 import ssl
-import struct
 import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any
 
 import websocket
 from requests.utils import DEFAULT_CA_BUNDLE_PATH
 
+from comfy_executors.clients.comfyui_frames import (
+    ConnectionLost,
+    Event,
+    EventParser,
+    ImageEvent,
+    PromptEvent,
+)
 from comfy_executors.clients.http import CONNECT_SECONDS, HttpClient
 
 logger = logging.getLogger(__name__)
 
 _TICK_SECONDS = 5.0
-_EARLY_EVENTS = 1000
+_WAKE_SECONDS = 0.1
+_EARLY_EVENTS, _EARLY_IMAGES = 1000, 16  # images can be large
 _PING_SECONDS = 20.0  # proxies cut websockets that are idle for 60 to 100 s
 _IDLE_SECONDS = 30.0  # without prompts the connection is given back
 _LONGEST_BACKOFF = 10.0
 _FEATURES = json.dumps({"type": "feature_flags", "data": {"supports_preview_metadata": True}})
-# Sent at each step with the state of every node; `progress` says what is new in it.
-_PROGRESS_STATE = b'{"type": "progress_state"'
-_IMAGE, _IMAGE_WITH_METADATA = 1, 4
-_SUFFIXES = {1: ".jpg", 2: ".png"}
 
-
-@dataclass(frozen=True)
-class PromptEvent:
-    """A message about a prompt: its type and data as the server sent them."""
-
-    type: str
-    prompt_id: str
-    data: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class ImageEvent:
-    """An image that came over the websocket: a preview, or the output of a websocket node."""
-
-    prompt_id: str
-    node_id: str
-    suffix: str
-    data: bytes
-
-
-@dataclass(frozen=True)
-class ConnectionLost:
-    """No more events come for the prompts that were posted under this client id."""
-
-    client_id: str
-
-
-Event = Union[PromptEvent, ImageEvent, ConnectionLost]
 Sink = Callable[[Event], None]
-
-
-class EventParser:
-    """Turns the frames of one connection into events; does no I/O.
-
-    Images of servers without the feature flag name no prompt: they belong to the node that
-    `executing` named last on the same connection.
-    """
-
-    def __init__(self) -> None:
-        self._executing: tuple[str, str] | None = None
-
-    def text(self, frame: bytes) -> PromptEvent | None:
-        """Parse a text frame; None for messages about no prompt, and for what is no message."""
-        if frame.startswith(_PROGRESS_STATE):
-            return None
-        try:
-            message = json.loads(frame)
-            kind, data = message["type"], message["data"]
-            # After a reconnect the server repeats `executing` without a prompt id.
-            prompt_id = data.get("prompt_id")
-        except (ValueError, TypeError, KeyError, AttributeError):
-            return None
-        if not isinstance(prompt_id, str):
-            return None
-        if kind == "executing":
-            node = data.get("node")
-            self._executing = None if node is None else (prompt_id, str(node))
-        return PromptEvent(str(kind), prompt_id, data)
-
-    def binary(self, frame: bytes) -> ImageEvent | None:
-        """Parse a binary frame; None for kinds that are no images."""
-        try:
-            (kind,) = struct.unpack_from(">I", frame)
-            if kind == _IMAGE_WITH_METADATA:
-                (length,) = struct.unpack_from(">I", frame, 4)
-                about = json.loads(frame[8 : 8 + length])
-                suffix = ".png" if about.get("image_type") == "image/png" else ".jpg"
-                return ImageEvent(
-                    about["prompt_id"], str(about["node_id"]), suffix, frame[8 + length :]
-                )
-            if kind == _IMAGE and self._executing is not None:
-                (image_format,) = struct.unpack_from(">I", frame, 4)
-                suffix = _SUFFIXES.get(image_format, ".png")
-                return ImageEvent(*self._executing, suffix, frame[8:])
-        except (struct.error, ValueError, KeyError, TypeError, AttributeError):
-            logger.warning("a binary websocket frame of %d bytes is not understood", len(frame))
-        return None
 
 
 class EventStream:
@@ -138,34 +68,43 @@ class EventStream:
         self._subscriptions = {}
         self._unused_since = time.monotonic()
         # Events that come before their prompt's id is known: old servers choose it themselves.
-        self._early: deque[PromptEvent] = deque(maxlen=_EARLY_EVENTS)
+        self._early: deque[PromptEvent | ImageEvent] = deque(maxlen=_EARLY_EVENTS)
         self._socket: websocket.WebSocket | None = None
         self._client_id: str | None = None
-        self._connecting = False
+        # Of the present connection, or of the first attempt to make one since the last was lost.
+        self._attempt: Future[str | None] = Future()
+        self._wanted = False
         self._running = False
         self._thread: threading.Thread | None = None
         self._closed = False
 
-    def client_id(self, timeout: float) -> str | None:
-        """Return the id of the present connection, making one if there is none.
-
-        Args:
-            timeout: Seconds to wait for it at the most.
+    def connect(self) -> Future[str | None]:
+        """Make a connection if there is none.
 
         Returns:
-            The id to post prompts under, or None when no connection can be had now.
+            The id to post prompts under, as soon as it is known; None when no connection can be
+            had now.
         """
         with self._changed:
-            if not self._running and not self._closed:
-                self._running = self._connecting = True
-                # A daemon, because it may be blocked in a read when the interpreter ends; close()
-                # wakes and joins it.
-                self._thread = threading.Thread(
-                    target=self._run, name="comfy-executors-websocket", daemon=True
-                )
-                self._thread.start()
-            self._changed.wait_for(lambda: not self._connecting or self._closed, timeout)
-            return self._client_id
+            self._unused_since = time.monotonic()
+            if self._client_id is None:
+                self._wanted = True
+            if not self._running:
+                self._attempt = Future()
+                if self._closed:
+                    self._attempt.set_result(None)
+                else:
+                    self._start_thread()
+            return self._attempt
+
+    def _start_thread(self) -> None:
+        # A daemon, because it may be blocked in a read when the interpreter ends; close() wakes
+        # and joins it.
+        self._thread = threading.Thread(
+            target=self._run, name="comfy-executors-websocket", daemon=True
+        )
+        self._thread.start()
+        self._running = True
 
     def is_live(self, client_id: str) -> bool:
         """Tell whether the connection with this id still brings events."""
@@ -184,12 +123,21 @@ class EventStream:
             sink: Called on the reader's thread; must not block.
             image_nodes: The nodes whose images are wanted; others are previews.
         """
-        with self._changed:
-            self._subscriptions[prompt_id] = _Subscription(client_id, sink, image_nodes)
-            early = [event for event in self._early if event.prompt_id == prompt_id]
-            lost = client_id != self._client_id
-        for event in early:
-            sink(event)
+        lost = False
+        while True:
+            with self._changed:
+                early = [event for event in self._early if event.prompt_id == prompt_id]
+                self._early = deque(
+                    (event for event in self._early if event.prompt_id != prompt_id), _EARLY_EVENTS
+                )
+                if not early:
+                    # Only now: what the reader hands out must not overtake what came before.
+                    self._subscriptions[prompt_id] = _Subscription(client_id, sink, image_nodes)
+                    lost = client_id != self._client_id
+                    break
+            for event in early:
+                if _is_wanted(event, image_nodes):
+                    sink(event)
         if lost:
             sink(ConnectionLost(client_id))
 
@@ -202,104 +150,137 @@ class EventStream:
     def drop(self, client_id: str) -> None:
         """Give up a connection that has gone deaf, so that a fresh one is made."""
         with self._changed:
-            stale = self._socket if client_id == self._client_id else None
-        if stale is not None:
-            _wake_reader(stale)
+            if client_id == self._client_id:
+                _wake_reader(self._socket)
 
     def close(self) -> None:
         """Close the connection and end the thread."""
         with self._changed:
             self._closed = True
-            thread, connection = self._thread, self._socket
+            thread = self._thread
             self._changed.notify_all()
-        if connection is not None:
-            _wake_reader(connection)
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
+        if thread is None or thread is threading.current_thread():
+            return
+        while thread.is_alive():
+            with self._changed:
+                _wake_reader(self._socket)
+            # Again and again: one that is just being connected has no socket yet to wake it by.
+            thread.join(_WAKE_SECONDS)
 
     # On the reader's thread.
 
     def _run(self) -> None:
-        failures = 0
-        while not self._may_end(failures):
-            client_id = uuid.uuid4().hex
-            connection = self._connect(client_id, failures)
-            if connection is None:
-                failures += 1
-                self._pause(random.uniform(0.5, 1) * min(_LONGEST_BACKOFF, 0.25 * 2**failures))
-                continue
+        try:
             failures = 0
-            try:
-                self._read(connection)
-            except (websocket.WebSocketException, OSError) as error:
-                logger.info("the websocket to %s was lost: %s", self._http.base_url, error)
-            finally:
-                _hang_up(connection)
-                self._tell_lost(client_id)
+            while not self._may_end():
+                failures = 0 if self._serve(failures) else failures + 1
+                if failures:
+                    longest = min(_LONGEST_BACKOFF, 0.25 * 2**failures)
+                    self._pause(random.uniform(0.5, 1) * longest)
+        finally:
+            self._end_thread()
 
-    def _may_end(self, failures: int) -> bool:
+    def _may_end(self) -> bool:
         with self._changed:
-            if self._closed or not (self._subscriptions or self._connecting):
-                self._running = self._connecting = False
-                self._changed.notify_all()
+            if self._closed or not (self._subscriptions or self._wanted):
+                self._running = False
                 return True
-            self._connecting = failures == 0
             return False
+
+    def _end_thread(self) -> None:
+        with self._changed:
+            if self._thread is not threading.current_thread():
+                return  # there is a new one already
+            self._running = False
+            attempt = self._attempt
+        if not attempt.done():
+            attempt.set_result(None)
 
     def _pause(self, seconds: float) -> None:
         with self._changed:
             self._changed.wait_for(lambda: self._closed, seconds)
 
-    def _connect(self, client_id: str, failures: int) -> websocket.WebSocket | None:
-        try:
-            connection = self._open(client_id)
-        except (websocket.WebSocketException, OSError) as error:
-            # The exception's own text can hold headers of the answer.
-            reason = getattr(error, "status_code", None) or type(error).__name__
-            if failures == 0:
-                logger.warning(
-                    "no websocket to %s (%s): polling instead", self._http.base_url, reason
-                )
-            connection = None
-        with self._changed:
-            self._connecting = False
-            if connection is not None and self._closed:
-                _hang_up(connection)
-                connection = None
-            if connection is not None:
-                self._socket, self._client_id = connection, client_id
-            self._changed.notify_all()
-        return connection
-
-    def _open(self, client_id: str) -> websocket.WebSocket:
-        base = "ws" + self._http.base_url[len("http") :]
-        connection = websocket.create_connection(
-            f"{base}/ws?clientId={client_id}",
-            timeout=CONNECT_SECONDS,
-            header=self._http.sent_headers(),
+    def _serve(self, failures: int) -> bool:
+        """Connect and read until the connection ends; tell whether there was one."""
+        client_id = uuid.uuid4().hex
+        connection = websocket.WebSocket(
             sslopt=_tls_options(self._http.verify),
-            suppress_origin=True,
             # In pure Python it costs more than all the rest; JSON checks the encoding anyway.
             skip_utf8_validation=True,
         )
+        if not self._connect(connection, client_id, failures):
+            _hang_up(connection)
+            return False
+        try:
+            self._read(connection)
+        except (websocket.WebSocketException, OSError) as error:
+            if not self._closed:
+                logger.info("the websocket to %s was lost: %s", self._http.base_url, error)
+        finally:
+            _hang_up(connection)
+            self._tell_lost(client_id)
+        return True
+
+    def _connect(self, connection: websocket.WebSocket, client_id: str, failures: int) -> bool:
+        with self._changed:
+            self._socket = connection  # so that close() can wake it
+        try:
+            self._open(connection, client_id)
+            connected = True
+        except (websocket.WebSocketException, OSError, ValueError) as error:
+            # The exception's own text can hold headers of the answer.
+            reason = getattr(error, "status_code", None) or type(error).__name__
+            if failures == 0 and not self._closed:
+                logger.warning(
+                    "no websocket to %s (%s): polling instead", self._http.base_url, reason
+                )
+            connected = False
+        with self._changed:
+            connected = connected and not self._closed
+            self._client_id = client_id if connected else None
+            self._wanted = False
+            if connected and self._attempt.done():
+                self._attempt = Future()  # the one before said that there is no connection
+            attempt = self._attempt
+        if not attempt.done():
+            attempt.set_result(client_id if connected else None)
+        return connected
+
+    def _open(self, connection: websocket.WebSocket, client_id: str) -> None:
+        base = "ws" + self._http.base_url[len("http") :]
+        connection.connect(  # type: ignore[no-untyped-call]
+            f"{base}/ws?clientId={client_id}",
+            timeout=CONNECT_SECONDS,
+            header=self._http.sent_headers(),
+            suppress_origin=True,
+            redirect_limit=0,  # the headers are for this server only
+        )
+        if connection.getstatus() != 101:
+            raise websocket.WebSocketException("no upgrade")
         connection.send(_FEATURES)
-        return connection
 
     def _read(self, connection: websocket.WebSocket) -> None:
         parser = EventParser()
         connection.settimeout(_TICK_SECONDS)
-        heard = time.monotonic()
+        heard = checked = time.monotonic()
         while True:
             try:
                 opcode, frame = connection.recv_data(control_frame=True)
             except websocket.WebSocketTimeoutException:
-                silent = time.monotonic() - heard
-                if silent >= 2 * _PING_SECONDS or self._is_unused():
+                opcode, frame = None, b""
+            now = time.monotonic()
+            if now - checked >= _TICK_SECONDS:
+                # Also while others' prompts keep the socket busy with `status` messages.
+                checked = now
+                if self._give_back():
                     return
-                if silent >= _PING_SECONDS:
+            if opcode is None:
+                if now - heard >= 2 * _PING_SECONDS:
+                    return
+                if now - heard >= _PING_SECONDS:
                     connection.ping()
                 continue
-            heard = time.monotonic()
+            heard = now
             if opcode == websocket.ABNF.OPCODE_CLOSE:
                 return
             if opcode == websocket.ABNF.OPCODE_TEXT:
@@ -307,10 +288,15 @@ class EventStream:
             elif opcode == websocket.ABNF.OPCODE_BINARY:
                 self._dispatch(parser.binary(frame))
 
-    def _is_unused(self) -> bool:
+    def _give_back(self) -> bool:
+        """Tell whether the connection is of no more use; then nobody is given its id."""
         with self._changed:
             unused = time.monotonic() - self._unused_since
-            return self._closed or (not self._subscriptions and unused >= _IDLE_SECONDS)
+            if self._closed or (not self._subscriptions and unused >= _IDLE_SECONDS):
+                self._client_id = None
+                self._attempt = Future()
+                return True
+            return False
 
     def _dispatch(self, event: PromptEvent | ImageEvent | None) -> None:
         if event is None:
@@ -318,20 +304,31 @@ class EventStream:
         with self._changed:
             subscription = self._subscriptions.get(event.prompt_id)
             if subscription is None:
-                if isinstance(event, PromptEvent):
-                    self._early.append(event)
+                self._keep_early(event)
                 return
-        if isinstance(event, PromptEvent) or event.node_id in subscription.image_nodes:
+        if _is_wanted(event, subscription.image_nodes):
             subscription.sink(event)
+
+    def _keep_early(self, event: PromptEvent | ImageEvent) -> None:
+        if isinstance(event, ImageEvent):
+            images = [early for early in self._early if isinstance(early, ImageEvent)]
+            if len(images) >= _EARLY_IMAGES:
+                self._early.remove(images[0])
+        self._early.append(event)
 
     def _tell_lost(self, client_id: str) -> None:
         with self._changed:
+            if self._attempt.done():
+                self._attempt = Future()  # whoever asks from here on waits for the next one
             self._socket = self._client_id = None
-            self._connecting = bool(self._subscriptions) and not self._closed
+            self._early.clear()
             sinks = [s.sink for s in self._subscriptions.values() if s.client_id == client_id]
-            self._changed.notify_all()
         for sink in sinks:
             sink(ConnectionLost(client_id))
+
+
+def _is_wanted(event: PromptEvent | ImageEvent, image_nodes: frozenset[str]) -> bool:
+    return isinstance(event, PromptEvent) or event.node_id in image_nodes
 
 
 @dataclass(frozen=True)
@@ -341,9 +338,13 @@ class _Subscription:
     image_nodes: frozenset[str]
 
 
-def _wake_reader(connection: websocket.WebSocket) -> None:
-    # Neither close() nor shutdown() wakes a reader that is blocked in a read.
-    connection.abort()  # type: ignore[no-untyped-call]
+def _wake_reader(connection: websocket.WebSocket | None) -> None:
+    # close() does not wake a reader that is blocked in a read, and abort() only one that is
+    # connected; past TLS, whose state belongs to the reader.
+    raw = connection.sock if connection is not None else None
+    if raw is not None:
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(raw, socket.SHUT_RDWR)
 
 
 def _hang_up(connection: websocket.WebSocket) -> None:

@@ -187,8 +187,10 @@ class HttpClient:
         session = requests.Session()
         session.headers.update(self._headers)
         session.auth = self._auth
-        adapter = HTTPAdapter(pool_connections=1, pool_maxsize=self._connections, max_retries=0)
-        session.mount(self.base_url, adapter)
+        self._adapter = HTTPAdapter(
+            pool_connections=1, pool_maxsize=self._connections, max_retries=0
+        )
+        session.mount(self.base_url, self._adapter)
         self._session = session
         # Looked up once: requests would read the environment's proxies again for every call.
         self._settings = session.merge_environment_settings(
@@ -197,6 +199,11 @@ class HttpClient:
 
     def close(self) -> None:
         """Close the connections."""
+        # An error that somebody keeps holds on to the frames of its call, and so to the pool of
+        # connections, which urllib3 2 leaves to the garbage collector.
+        for manager in (self._adapter.poolmanager, *self._adapter.proxy_manager.values()):
+            for key in manager.pools.keys():  # noqa: SIM118  it cannot be iterated over
+                manager.pools[key].close()
         self._session.close()
 
     @property
@@ -299,7 +306,7 @@ class HttpClient:
         answer = Answer(response.status_code, response.headers, content)
         expected = answer.headers.get("content-length", "")
         encoded = "content-encoding" in answer.headers
-        if expected.isdigit() and not encoded and len(content) != int(expected):
+        if expected.isdecimal() and not encoded and len(content) != int(expected):
             # urllib3 before 2 does not notice.
             raise ServerUnreachableError(
                 f"{self.base_url} cut an answer short: {len(content)} of {expected} bytes",
@@ -380,7 +387,7 @@ def _wait(state: tenacity.RetryCallState) -> float:
 def _retry_after(answer: Answer) -> float | None:
     text = answer.headers.get("retry-after", "")
     # Longer than a minute helps nobody who waits; the form with a date is rare and ignored.
-    return min(float(text), 60.0) if text.isdigit() else None
+    return min(float(text), 60.0) if text.isdecimal() else None
 
 
 def _never_sent(error: requests.RequestException) -> bool:
@@ -410,7 +417,8 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def _was_cut_off(error: BaseException) -> bool:
     """Tell a TLS connection that ended in its handshake, as in a restart, from a refused one."""
-    return any(isinstance(cause, (ssl.SSLEOFError, ConnectionError)) for cause in _causes(error))
+    kinds = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ConnectionError)
+    return any(isinstance(cause, kinds) for cause in _causes(error))
 
 
 def _root_cause(error: BaseException) -> str:

@@ -4,12 +4,15 @@ from comfy_executors.errors import WorkflowError
 from comfy_executors.executors.base import BaseWorkflowExecutor
 from comfy_executors.executors.comfy_server import ComfyServerWorkflowExecutor
 from comfy_executors.executors.dummy import DummyWorkflowExecutor
+from comfy_executors.executors.runpod import RunpodComfyWorkflowExecutor, RunPodWorkflowExecutor
 from comfy_executors.images import WorkflowOutputImage
 
 __all__ = [
     "BaseWorkflowExecutor",
     "ComfyServerWorkflowExecutor",
     "DummyWorkflowExecutor",
+    "RunPodWorkflowExecutor",
+    "RunpodComfyWorkflowExecutor",
     "WorkflowError",
     "WorkflowOutputImage",
 ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 import atexit
+import copy
 import logging
 import math
 import os
@@ -18,7 +19,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,7 @@ from comfy_executors.executors.plan import Plan, refuse_previews_only
 from comfy_executors.images import InputImageSet, InputImageSource, WorkflowOutputImage
 from comfy_executors.runs import (
     Batch,
+    BatchFailure,
     BatchResult,
     Job,
     ProgressCallback,
@@ -72,13 +74,16 @@ class BaseWorkflowExecutor(abc.ABC):
         ValueError: A number is below 1.
     """
 
-    _lock: threading.Lock
-    _changed: threading.Condition
-    _runs: deque[WorkflowRun]
+    _lock: threading.RLock
+    _changed: threading.Condition  # threads wait for work here
+    _ended: threading.Condition  # close() waits for threads here
+    _runs: deque[WorkflowRun]  # that are not done
+    _known_runs: weakref.WeakSet[WorkflowRun]  # done or not, for the child of a fork
     _threads: set[threading.Thread]
-    _live: int  # threads that still look for work
-    _idle: int  # of these, those that wait for it
+    _live: int  # threads that work or look for work
+    _busy: int  # of these, those that work
     _places_taken: int
+    _parked: int  # jobs, each on a thread, that wait until somebody takes results
 
     def __init__(self, batch_size: int = 1, *, max_workers: int = 4) -> None:
         for name, value in (("batch_size", batch_size), ("max_workers", max_workers)):
@@ -87,15 +92,20 @@ class BaseWorkflowExecutor(abc.ABC):
         self.batch_size = batch_size
         self.max_workers = max_workers
         self.input_base_dir = "input"
+        self._known_runs = weakref.WeakSet()
         self._reset_threads()
         self._closed = False
+        self._backend_closed = False
         _executors.add(self)
 
     # What a backend adds.
 
     @abc.abstractmethod
-    def _run_job(self, job: Job, control: JobControl) -> Iterator[BatchResult]:
+    def _run_job(self, job: Job, control: JobControl) -> Iterator[BatchResult | BatchFailure]:
         """Run the batches of a job, blocking, and yield each one's result when it is complete.
+
+        Between two results it may be left waiting for long, or be closed. A `BatchFailure` is the
+        result of a batch that failed while the others go on.
 
         Args:
             job: The batches, whose graphs `batch.render(batch)` makes, and what they share.
@@ -106,6 +116,22 @@ class BaseWorkflowExecutor(abc.ABC):
                 result over again, a bounded number of times.
             ComfyExecutorsError: The batches without a result fail with it.
         """
+
+    def _load_inputs(self, sources: Sequence[InputImageSource]) -> InputImageSet:
+        """Read what a caller gives as `input_images`."""
+        return InputImageSet(sources)
+
+    def _job_size(self, batches: Sequence[Batch], job: Job) -> int:
+        """Tell how many batches of a run a job takes; the whole run where that is more.
+
+        A run that hands out several at once holds its results back instead of its batches while
+        nobody takes them: `_run_job` is not resumed.
+
+        Args:
+            batches: The batches of the run.
+            job: What they share; without batches.
+        """
+        return 1
 
     def _close_backend(self) -> None:
         """Give back what the backend holds; no job runs any more."""
@@ -174,7 +200,7 @@ class BaseWorkflowExecutor(abc.ABC):
                 f"workflow_template must be a WorkflowTemplate, not "
                 f"{type(workflow_template).__name__}: use WorkflowTemplate.from_file or from_graph"
             )
-        images = InputImageSet(input_images) if input_images else None
+        images = self._load_inputs(input_images) if input_images else None
         plan = Plan(
             workflow_template,
             num_samples=num_samples,
@@ -183,16 +209,13 @@ class BaseWorkflowExecutor(abc.ABC):
             randomize_seed=randomize_seed,
             variables=_merge_variables(variables or {}, template_variables),
             input_images=images,
-            input_images_dir=f"{self.input_base_dir}/{images.folder}" if images else "",
+            input_images_dir=(
+                f"{self.input_base_dir}/{images.folder}" if images and images.has_folder else None
+            ),
         )
         if not include_previews:
             refuse_previews_only(plan.graph)
-        if len(plan.batches) > 1 and not plan.seeded:
-            logger.warning(
-                "the %d batches have the same seeds: a server answers all but the first from its "
-                "cache, with the same images",
-                len(plan.batches),
-            )
+        plan.warn()
         options = RunOptions(
             ordered=ordered,
             ignore_errors=ignore_errors,
@@ -217,39 +240,54 @@ class BaseWorkflowExecutor(abc.ABC):
         """
         import asyncio  # only here: blocking programs do not pay for it
 
-        run = await asyncio.to_thread(self.submit_workflow, *args, **kwargs)
+        given_up = threading.Event()
+        started: list[WorkflowRun] = []
+
+        def start() -> None:
+            started.append(self.submit_workflow(*args, **kwargs))
+            if given_up.is_set():
+                started[0].cancel()
+
         try:
-            while (image := await asyncio.to_thread(next, run, None)) is not None:
+            await asyncio.to_thread(start)
+            while (image := await asyncio.to_thread(next, started[0], None)) is not None:
                 yield image
         finally:
-            run.cancel()
+            # A cancelled task leaves its thread behind, which may be starting the run just now:
+            # both set first and look then, so that one of them sees the other.
+            given_up.set()
+            for run in started:
+                run.cancel()
 
     def close(self, *, cancel: bool = False) -> None:
         """Wait for all runs and end all threads; afterwards no work is taken.
 
-        Interrupting it with Ctrl-C cancels what is left, and ends the threads all the same.
+        Interrupting it with Ctrl-C cancels what is left, and ends the threads all the same. From a
+        callback on one of the executor's own threads it returns at once, since that thread cannot
+        wait for its own end; the last thread then closes what is left.
 
         Args:
             cancel: Cancel what is queued and interrupt what runs, only our own, instead of
                 waiting for it.
         """
-        with self._changed:
-            self._closed = True
-            runs = list(self._runs)
-            for run in runs:
-                run._unbounded = True  # nobody may be left to take its results
-            self._changed.notify_all()
         try:
+            with self._changed:
+                self._closed = True
+                runs = list(self._runs)
+                for run in runs:
+                    run._unbounded = True  # nobody may be left to take its results
+                inside = threading.current_thread() in self._threads
             if cancel:
                 _cancel_all(runs)
             self._wake()
-            self._join()
+            if not inside:
+                self._join()
         except BaseException:
-            _cancel_all(runs)
+            _cancel_all(list(self._runs))
             self._join()
             raise
         finally:
-            self._close_backend()
+            self._close_backend_if_last()
 
     def __enter__(self: Self) -> Self:
         return self
@@ -273,7 +311,12 @@ class BaseWorkflowExecutor(abc.ABC):
     ) -> None:
         import asyncio
 
-        await asyncio.to_thread(self.close, cancel=exc_type is not None)
+        try:
+            await asyncio.to_thread(self.close, cancel=exc_type is not None)
+        except asyncio.CancelledError:
+            # The thread goes on waiting, and the end of the loop waits for it.
+            await asyncio.to_thread(self.close, cancel=True)
+            raise
 
     def __repr__(self) -> str:
         with self._changed:
@@ -291,61 +334,91 @@ class BaseWorkflowExecutor(abc.ABC):
             job,
             options,
             lock=self._lock,
-            # Twice the places: while some batches execute, others are downloaded or wait to be
-            # taken, and a short pause of the consumer leaves no place empty.
-            window=2 * self.max_workers,
+            # Two more than there are places: while some batches execute, others are downloaded or
+            # wait to be taken. More would only fill the memory of a slow consumer.
+            window=self.max_workers + 2,
             on_room=self._wake,
+            job_size=self._job_size(batches, job),
         )
         with self._changed:
             if self._closed:
                 raise ExecutorClosedError(f"{type(self).__name__} is closed")
             self._runs.append(run)
-        self._wake()
+            self._known_runs.add(run)
+            try:
+                self._see_to_work()
+            except RuntimeError as error:  # no thread can be started, and there is none
+                self._runs.remove(run)
+                raise ExecutorClosedError(f"{type(self).__name__} cannot work: {error}") from error
         return run
 
     def _wake(self) -> None:
-        """See to it that somebody takes the work there is."""
         with self._changed:
-            for run in [run for run in self._runs if run._is_done()]:
-                self._runs.remove(run)
-            places = self.max_workers - self._places_taken
-            want = min(places, sum(run._room() for run in self._runs))
-            # Downloads go on when their batch has left its place: twice the threads.
-            new = min(want - self._idle, 2 * self.max_workers - self._live)
-            if self._closed and not self._runs:
-                self._changed.notify_all()
-            self._changed.notify(max(0, want))
-            for _ in range(new):
-                self._start_thread()
+            self._see_to_work()
+
+    def _see_to_work(self) -> None:
+        """See to it that somebody takes the work there is. The lock is held."""
+        for run in [run for run in self._runs if run._is_done()]:
+            self._runs.remove(run)
+        self._results_taken.notify_all()
+        if self._closed and not self._runs:
+            self._changed.notify_all()
+            return
+        places = max(0, self.max_workers - self._places_taken)
+        want = min(places, sum(run._room() for run in self._runs))
+        # When all are busy with other runs, somebody has to see a deadline pass all the same.
+        watch = any(run.deadline is not None and run._has_unstarted() for run in self._runs)
+        want = max(want, int(watch))
+        self._changed.notify(want)
+        # Downloads go on when their batch has left its place: twice the threads.
+        most = 2 * self.max_workers + int(watch) + self._parked
+        for _ in range(min(want - (self._live - self._busy), most - self._live)):
+            self._start_thread()
 
     def _start_thread(self) -> None:
         # A daemon, because an idle or blocked thread must not keep the interpreter from ending;
         # close(), or at the latest _close_forgotten, ends it in good order.
         thread = threading.Thread(target=self._work, name=type(self).__name__, daemon=True)
-        # Under the lock, so that close() never finds a thread that was not started.
-        thread.start()
+        # Counted first and under the lock: close() finds every thread, also one whose start was
+        # interrupted by Ctrl-C.
         self._live += 1
         self._threads = {thread, *(other for other in self._threads if other.is_alive())}
+        try:
+            thread.start()
+        except RuntimeError as error:  # out of memory, or the interpreter is about to end
+            self._live -= 1
+            self._threads.remove(thread)
+            if not self._live:
+                raise
+            logger.warning("the %d threads there are have to do: %s", self._live, error)
 
     def _work(self) -> None:
         while (work := self._next_work()) is not None:
-            self._execute(*work)
+            try:
+                work()
+            except BaseException:  # SystemExit of a future's callback: other runs need this thread
+                logger.exception("raised after its batch was settled, by a callback")
             del work  # results can be large, and the next wait long
-            self._wake()
-
-    def _next_work(self) -> tuple[WorkflowRun, Batch, JobControl] | None:
-        while True:
             with self._changed:
-                work = self._pick()
-                if work is not None:
-                    return work
-                next_deadline, run = self._next_deadline()
-                left = next_deadline - time.monotonic()
-                if left > 0 and self._idle_until(min(left, _IDLE_SECONDS)):
+                self._busy -= 1
+                self._see_to_work()
+        self._close_backend_if_last()
+
+    def _next_work(self) -> Callable[[], object] | None:
+        """Wait for something to do; None when this thread is to end."""
+        with self._changed:
+            while (work := self._pick() or self._find_expired()) is None:
+                if not self._wait_for_work():
                     self._live -= 1
+                    self._ended.notify_all()
                     return None
-            if left <= 0 and run is not None:
-                run._expire()
+            self._busy += 1
+            self._see_to_work()
+            return work
+
+    def _find_expired(self) -> Callable[[], object] | None:
+        deadline, run = self._next_deadline()
+        return run._expire if run is not None and deadline <= time.monotonic() else None
 
     def _next_deadline(self) -> tuple[float, WorkflowRun | None]:
         """Find the run whose batches that were not handed out expire first. The lock is held."""
@@ -353,31 +426,30 @@ class BaseWorkflowExecutor(abc.ABC):
         run = min(runs, key=lambda run: run.deadline or math.inf, default=None)
         return (run and run.deadline) or math.inf, run
 
-    def _idle_until(self, seconds: float) -> bool:
-        """Wait for work; tell whether this thread may end. The lock is held."""
+    def _wait_for_work(self) -> bool:
+        """Wait until there may be work; False when this thread may end. The lock is held."""
         if self._closed and not self._runs:
-            return True
-        self._idle += 1
-        try:
-            woken = self._changed.wait(seconds)
-        finally:
-            self._idle -= 1
-        return not woken and not self._runs
+            return False
+        left = self._next_deadline()[0] - time.monotonic()
+        woken = self._changed.wait(min(max(0.0, left), _IDLE_SECONDS))
+        return woken or bool(self._runs)
 
-    def _pick(self) -> tuple[WorkflowRun, Batch, JobControl] | None:
-        """Hand out a batch of the run whose turn it is. The lock is held."""
+    def _pick(self) -> Callable[[], object] | None:
+        """Hand out a job of the run whose turn it is. The lock is held."""
         if self._places_taken >= self.max_workers:
             return None
         for run in list(self._runs):
             while run._room() > 0:
                 control = JobControl(run, self._release_place)
-                batch = run._hand_out(control)
-                if batch is not None:
+                batches = run._hand_out(control)
+                if batches:
                     self._places_taken += 1
                     # Runs take turns, so that a long one does not keep the others waiting.
                     self._runs.remove(run)
                     self._runs.append(run)
-                    return run, batch, control
+                    return partial(self._execute, run, batches, control)
+            if run._is_done():  # the futures of all that was left had been cancelled
+                self._runs.remove(run)
         return None
 
     def _release_place(self) -> None:
@@ -387,8 +459,8 @@ class BaseWorkflowExecutor(abc.ABC):
 
     # Working.
 
-    def _execute(self, run: WorkflowRun, batch: Batch, control: JobControl) -> None:
-        pending = {batch.index: batch}
+    def _execute(self, run: WorkflowRun, batches: Sequence[Batch], control: JobControl) -> None:
+        pending = {batch.index: batch for batch in batches}
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(PromptLostError),
             stop=tenacity.stop_after_attempt(_BATCH_ATTEMPTS),
@@ -401,65 +473,134 @@ class BaseWorkflowExecutor(abc.ABC):
         try:
             retrying(self._attempt, run, pending, control, started)
         except BaseException as error:  # whatever it was, the batch's future must hear of it
+            if not pending:
+                raise
             control.end()
             if not isinstance(error, ComfyExecutorsError):
-                logger.exception("batch %d failed in an unforeseen way", batch.index)
+                logger.exception("batch %d failed in an unforeseen way", min(pending))
             for index in pending:
-                control.progress(ProgressEvent("failed", index, message=str(error)))
-                run._fail_batch(index, error)
+                _fail(run, control, index, error if len(pending) == 1 else _copy(error))
 
     def _attempt(
         self, run: WorkflowRun, pending: dict[int, Batch], control: JobControl, started: float
     ) -> None:
         control.next_attempt()
         job = replace(run.job, batches=tuple(pending.values()))
-        for result in self._run_job(job, control):
-            batch = pending[result.index]
-            if run.options.output_dir is not None:
-                for output in (*result.images, *result.outputs):
-                    output._save_and_release(run.options.output_dir)
-            seconds = time.monotonic() - started
-            result = replace(result, seconds=seconds, attempts=control.attempt)
-            if len(pending) == 1:
-                control.end()
-            control.progress(
-                ProgressEvent("done", batch.index, step=len(result.images), max=batch.size)
-            )
-            run._succeed(result)
-            del pending[result.index]
+        results = self._run_job(job, control)
+        try:
+            for result in results:
+                if len(pending) == 1:
+                    control.end()
+                if isinstance(result, BatchFailure):
+                    del pending[result.index]
+                    _fail(run, control, result.index, result.error)
+                else:
+                    self._deliver(run, pending, control, result, started)
+                del result  # it can be large, and the next one long in coming
+                if pending:
+                    self._await_takers(run, control, pending)
+        finally:
+            # At once when something was raised here, so that the backend stops what runs.
+            if isinstance(results, Generator):
+                results.close()
         if pending:
             raise WorkflowError(f"the backend ended without a result for {sorted(pending)}")
+
+    def _deliver(
+        self,
+        run: WorkflowRun,
+        pending: dict[int, Batch],
+        control: JobControl,
+        result: BatchResult,
+        started: float,
+    ) -> None:
+        batch = pending[result.index]
+        if run.options.output_dir is not None:
+            for output in (*result.images, *result.outputs):
+                output._save_and_release(run.options.output_dir)
+        seconds = time.monotonic() - started
+        result = replace(result, seconds=seconds, attempts=control.attempt)
+        control.progress(
+            ProgressEvent("done", batch.index, step=len(result.images), max=batch.size)
+        )
+        del pending[result.index]  # first: what a callback raises is no failure of the batch
+        run._succeed(result)
+
+    def _await_takers(
+        self, run: WorkflowRun, control: JobControl, pending: Mapping[int, Batch]
+    ) -> None:
+        """Wait while the run holds as many results as it may; raises as `control.receive` does.
+
+        Neither its place nor its thread is missed by other runs meanwhile.
+        """
+        with self._changed:
+            if run._wants_more(pending):
+                return
+            self._parked += 1
+            has_place = control.holds_place
+            self._places_taken -= has_place
+            try:
+                self._see_to_work()
+                while not run._wants_more(pending):
+                    self._results_taken.wait(control.limit(threading.TIMEOUT_MAX))
+                control.limit(0)
+            finally:
+                self._parked -= 1
+                self._places_taken += has_place
 
     # Ending.
 
     def _join(self) -> None:
         """Wait until all threads have ended; they do when no run is left."""
-        while True:
-            with self._changed:
-                others = self._threads - {threading.current_thread()}
-            if not others:
-                return
-            for thread in others:
-                thread.join()
-            with self._changed:
-                self._threads -= others
+        # Not by Thread.join alone: until Python 3.12, a join that Ctrl-C interrupts takes the
+        # thread for one that has ended.
+        with self._changed:
+            while self._live:
+                self._ended.wait()
+            threads = list(self._threads)
+        for thread in threads:
+            thread.join()
+
+    def _close_backend_if_last(self) -> None:
+        with self._changed:
+            last = self._closed and not self._live and not self._backend_closed
+            self._backend_closed = self._backend_closed or last
+        if last:
+            self._close_backend()
 
     def _reset_threads(self) -> None:
-        self._lock = threading.Lock()
+        # Reentrant, so that a signal handler may cancel a run at any moment.
+        self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
+        self._ended = threading.Condition(self._lock)
+        self._results_taken = threading.Condition(self._lock)
         self._runs = deque()
         self._threads = set()
         self._live = 0
-        self._idle = 0
+        self._busy = 0
         self._places_taken = 0
+        self._parked = 0
 
     def _after_fork_in_child(self) -> None:
-        runs = list(self._runs)
         # The parent's threads do not exist here, and its locks may be held for ever.
         self._reset_threads()
-        for run in runs:
+        for run in self._known_runs:
             run._abandon(self._lock)
         self._reset_backend()
+
+
+def _fail(run: WorkflowRun, control: JobControl, index: int, error: BaseException) -> None:
+    control.progress(ProgressEvent("failed", index, message=str(error)))
+    run._fail_batch(index, error)
+
+
+def _copy(error: BaseException) -> BaseException:
+    """Make an error for one of several batches: ours name their batch."""
+    if not isinstance(error, ComfyExecutorsError):
+        return error
+    copied = copy.copy(error)
+    copied.__cause__ = error.__cause__
+    return copied.with_traceback(error.__traceback__)
 
 
 def _tell_retry(
@@ -503,12 +644,17 @@ _executors: weakref.WeakSet[BaseWorkflowExecutor] = weakref.WeakSet()
 
 def _reset_after_fork() -> None:
     for executor in list(_executors):
-        executor._after_fork_in_child()
+        try:
+            executor._after_fork_in_child()
+        except Exception:  # one that failed while it was made must not leave the others as they are
+            logger.exception("%s cannot be used in this process", type(executor).__name__)
 
 
 @atexit.register
 def _close_forgotten() -> None:
     for executor in list(_executors):
+        if not executor._threads:
+            continue  # it never worked, and perhaps was never wholly made
         unfinished = len(executor._runs)
         if unfinished:
             logger.warning(

@@ -7,11 +7,9 @@ prompt that ends moves from the one to the other in one step.
 
 from __future__ import annotations
 
-import json
 import logging
+import time
 import uuid
-from collections.abc import Mapping
-from typing import Any
 
 from comfy_executors.clients.comfyui import (
     ComfyUIClient,
@@ -20,25 +18,21 @@ from comfy_executors.clients.comfyui import (
     execution_error,
     interruption,
 )
-from comfy_executors.clients.comfyui_events import (
-    ConnectionLost,
-    Event,
-    EventStream,
-    ImageEvent,
-    PromptEvent,
-)
-from comfy_executors.clients.http import CONNECT_SECONDS, DeadlineWaiter
+from comfy_executors.clients.comfyui_events import EventStream
+from comfy_executors.clients.comfyui_frames import ConnectionLost, Event, ImageEvent, PromptEvent
+from comfy_executors.clients.http import DeadlineWaiter
 from comfy_executors.errors import (
-    OutputMissingError,
     PromptLostError,
     ServerError,
+    ServerUnreachableError,
     WaitTimeoutError,
     WorkflowError,
+    WorkflowRejectedError,
 )
+from comfy_executors.executors.comfy_outputs import OutputCollector
 from comfy_executors.executors.control import JobControl
-from comfy_executors.images import WorkflowOutput, WorkflowOutputImage, kind_of
 from comfy_executors.runs import Batch, BatchResult, Job, ProgressEvent
-from comfy_executors.workflows import Graph, class_type, node_title
+from comfy_executors.workflows import Graph, class_type, node_title, output_nodes
 
 logger = logging.getLogger(__name__)
 
@@ -88,20 +82,14 @@ class ComfyPrompt:
         self._begun = False
         self._ended = False
         self._missed_events = False
-        self._cached: set[str] = set()
-        self._fetched: set[tuple[str, ...]] = set()
-        self._previews = 0
-        self._images: list[WorkflowOutputImage] = []
-        self._outputs: list[WorkflowOutput] = []
+        self._made = OutputCollector(client, control, job, batch, graph)
 
     def run(self) -> BatchResult:
         """Post the prompt, wait for its end and return what it made.
 
         Whatever stops us on the way, a prompt that may still be on the server is cancelled there.
         """
-        client_id = self._events.client_id(self._control.limit(CONNECT_SECONDS))
-        # Without a client id, outputs of cached nodes are missing from the history.
-        self._client_id = client_id or uuid.uuid4().hex
+        self._client_id = self._client.http.retry(self._connect, self._control)
         try:
             self._post()
             self._follow()
@@ -111,6 +99,21 @@ class ComfyPrompt:
         finally:
             self._events.unsubscribe(self._id)
         return self._result()
+
+    def _connect(self) -> str:
+        attempt = self._events.connect()
+        self._control.wait_for(attempt)
+        client_id = attempt.result()
+        if client_id is None and self._websocket_nodes:
+            raise ServerUnreachableError(
+                f"no websocket to {self._server}, and images of node {min(self._websocket_nodes)} "
+                "come only over that",
+                server=self._server,
+                transient=True,
+                maybe_received=False,
+            )
+        # Without a client id, outputs of cached nodes are missing from the history.
+        return client_id or uuid.uuid4().hex
 
     # Posting.
 
@@ -134,17 +137,21 @@ class ComfyPrompt:
             found = self._find_posted()
             if found is not None:
                 return QueuedPrompt(found)
+        before, self._maybe_posted = self._maybe_posted, True
         try:
-            return self._client.post_prompt(
-                self._graph, self._id, self._client_id, self._control
-            )
+            return self._client.post_prompt(self._graph, self._id, self._client_id, self._control)
+        except WorkflowRejectedError:
+            self._maybe_posted = before
+            raise
         except ServerError as error:
-            self._maybe_posted = self._maybe_posted or error.maybe_received
+            self._maybe_posted = before or error.maybe_received
             raise
 
     def _find_posted(self) -> str | None:
         """Look twice for a prompt whose post had no answer; servers may still be busy with it."""
-        for _ in range(2):
+        for attempt in range(2):
+            if attempt:
+                self._control.sleep(_LOST_AFTER)
             queue = self._client.queue(self._control)
             if self._id in queue.running or self._id in queue.pending:
                 return self._id
@@ -155,7 +162,6 @@ class ComfyPrompt:
             marked = self._client.find_marked(self._id, self._control)
             if marked is not None:
                 return marked
-            self._control.sleep(_LOST_AFTER)
         return None
 
     def _cancel(self) -> None:
@@ -172,22 +178,26 @@ class ComfyPrompt:
 
     def _hear(self, event: Event) -> None:
         """Take an event from the reader's thread."""
-        if isinstance(event, PromptEvent) and event.type in _ENDINGS:
+        if isinstance(event, PromptEvent) and event.type in _ENDINGS and self._concerns(event):
             # At once, and not after the downloads that lie before it in the mailbox: the server
             # is free for the next prompt.
             self._control.end()
         self._control.post(event)
+
+    def _concerns(self, event: Event) -> bool:
+        # The mailbox is the job's: it can hold mail to the prompt before.
+        if isinstance(event, ConnectionLost):
+            return event.client_id == self._client_id
+        return event.prompt_id == self._id
 
     def _follow(self) -> None:
         poll = _FIRST_POLL
         while not self._ended:
             live = self._events.is_live(self._client_id)
             event = self._control.receive(SILENCE_SECONDS if live else poll)
-            if isinstance(event, ConnectionLost):
-                self._missed_events = True
-                self._look_up()
-            elif event is not None:
-                self._take(event)
+            if event is not None:
+                if self._concerns(event):
+                    self._take(event)
             else:
                 self._look_up()
                 poll = min(_LONGEST_POLL, 1.6 * poll)
@@ -199,6 +209,8 @@ class ComfyPrompt:
     def _look_up(self) -> None:
         """Ask the queue, then the history; twice nothing means that the server lost the prompt."""
         for attempt in range(2):
+            if attempt:
+                self._control.sleep(_LOST_AFTER)
             queue = self._client.queue(self._control)
             if self._id in queue.running:
                 self._begin()
@@ -209,32 +221,34 @@ class ComfyPrompt:
             if entry is not None:
                 self._settle(entry)
                 return
-            if attempt == 0:
-                self._control.sleep(_LOST_AFTER)
         self._ended = True  # there is nothing to cancel
-        raise PromptLostError(
+        raise self._lost(
             f"{self._server} has prompt {self._id} neither in its queue nor in its history: it "
-            "was restarted, or somebody cleared its queue",
-            prompt_id=self._id,
-            server=self._server,
+            "was restarted, or somebody cleared its queue"
         )
 
-    def _take(self, event: PromptEvent | ImageEvent) -> None:
-        if isinstance(event, ImageEvent):
-            self._add_websocket_image(event)
-            return
+    def _take(self, event: Event) -> None:
+        if isinstance(event, ConnectionLost):
+            self._missed_events = True
+            self._look_up()
+        elif isinstance(event, ImageEvent):
+            self._made.add_websocket_image(event)
+        else:
+            self._take_message(event)
+
+    def _take_message(self, event: PromptEvent) -> None:
         data = event.data
         if event.type == "execution_start":
             self._begin()
         elif event.type == "execution_cached":
-            self._cached.update(data.get("nodes", ()))
+            self._made.cached.update(data.get("nodes") or ())
         elif event.type == "executing" and data.get("node") is None:
             # Servers of 2023 and 2024 have no other ending; newer ones send it after theirs.
             self._look_up()
         elif event.type in ("executing", "progress"):
             self._report_node(event)
         elif event.type == "executed":
-            self._fetch_node(str(data["node"]), data.get("output") or {})
+            self._made.fetch_node(self._id, str(data.get("node")), data.get("output") or {})
         elif event.type in _ENDINGS:
             self._end(event)
 
@@ -263,38 +277,41 @@ class ComfyPrompt:
             raise execution_error(event.data, self._graph, self._server)
         if event.type == "execution_interrupted":
             raise interruption(event.data, self._server)
-        if self._missed_events:
+        # Old servers do not report the outputs of cached nodes; they are in the history.
+        silent = set(output_nodes(self._graph)) - self._made.reported - self._websocket_nodes
+        if self._missed_events or silent:
             self._settle(self._late_history())
 
     def _late_history(self) -> HistoryEntry:
         """Read the history of a prompt that has ended; the entry can come after the events."""
-        waiter, pause = DeadlineWaiter(_LATE_HISTORY), 0.05
+        pause, until = 0.05, time.monotonic() + _LATE_HISTORY
         while True:
             entry = self._client.history(self._id, self._graph, self._control)
             if entry is not None:
                 return entry
-            self._control.sleep(waiter.limit(pause))
-            pause *= 2
+            if time.monotonic() >= until:
+                raise self._lost(f"prompt {self._id} ended, and the history has no word of it")
+            self._control.sleep(pause)
+            pause = min(2 * pause, _LONGEST_POLL)
 
     def _settle(self, entry: HistoryEntry) -> None:
         self._ended = True
         self._control.end()
         if entry.error is not None:
             raise entry.error
-        self._cached |= entry.cached
+        self._made.cached |= entry.cached
         for node, output in entry.outputs.items():
-            self._fetch_node(node, output)
+            self._made.fetch_node(self._id, node, output)
 
     def _result(self) -> BatchResult:
         if self._websocket_nodes and self._missed_events:
-            raise PromptLostError(
+            raise self._lost(
                 f"images of node {min(self._websocket_nodes)} come only over the websocket, and "
-                "that was lost",
-                prompt_id=self._id,
-                server=self._server,
+                "that was lost"
             )
-        if not self._images and not self._outputs:
-            if self._previews:
+        made = self._made
+        if not made.images and not made.outputs:
+            if made.previews:
                 raise WorkflowError(
                     f"prompt {self._id} made only previews: pass include_previews=True, or save "
                     "with a SaveImage node",
@@ -304,77 +321,12 @@ class ComfyPrompt:
             logger.warning("prompt %s on %s made nothing", self._id, self._server)
         return BatchResult(
             index=self._batch.index,
-            images=self._images,
-            outputs=self._outputs,
+            images=made.images,
+            outputs=made.outputs,
             seed=self._batch.seed,
             prompt_id=self._id,
             server=self._server,
         )
 
-    # Fetching.
-
-    def _fetch_node(self, node: str, output: Mapping[str, Any]) -> None:
-        for key, items in output.items():
-            for number, item in enumerate(items if isinstance(items, list) else ()):
-                if isinstance(item, dict) and isinstance(item.get("filename"), str):
-                    self._fetch_file(node, item)
-                elif not isinstance(item, bool):  # such as `animated: [true]`
-                    self._add_value(node, key, number, item)
-
-    def _fetch_file(self, node: str, item: Mapping[str, Any]) -> None:
-        name = item["filename"]
-        subfolder, type_ = str(item.get("subfolder") or ""), str(item.get("type") or "output")
-        if type_ == "temp" and not self._job.include_previews:
-            self._previews += 1
-            return
-        if self._is_new(node, type_, subfolder, name):
-            data = self._client.view(name, subfolder, type_, self._control)
-            if data is None:
-                raise self._missing(node, name)
-            self._add(data, node, name, subfolder, type_)
-
-    def _missing(self, node: str, name: str) -> OutputMissingError:
-        cached = node in self._cached
-        why = "it was deleted since, and the server's cache still names it" if cached else "404"
-        return OutputMissingError(
-            f"{self._server} does not have {name} of node {node}: {why}",
-            cached=cached,
-            node_id=node,
-            prompt_id=self._id,
-            server=self._server,
-        )
-
-    def _add_value(self, node: str, key: str, number: int, value: Any) -> None:
-        text, suffix = (value, "txt") if isinstance(value, str) else (json.dumps(value), "json")
-        if self._is_new(node, key, str(number)):
-            self._add(text.encode("utf-8", "replace"), node, f"{key}.{suffix}", "", "text")
-
-    def _add_websocket_image(self, event: ImageEvent) -> None:
-        number = len(self._images) + 1
-        name = f"{class_type(self._graph, event.node_id)}_{number:05d}_{event.suffix}"
-        self._add(event.data, event.node_id, name, "", "websocket")
-
-    def _is_new(self, *key: str) -> bool:
-        """Tell whether an output is seen for the first time: events and history both name it."""
-        new = key not in self._fetched
-        self._fetched.add(key)
-        return new
-
-    def _add(self, data: bytes, node: str, name: str, subfolder: str, type_: str) -> None:
-        is_image = kind_of(name) == "image"
-        output = (WorkflowOutputImage if is_image else WorkflowOutput)(
-            data,
-            name=name,
-            subfolder=subfolder,
-            type=type_,
-            node_id=node,
-            batch_index=self._batch.index,
-            seed=self._batch.seed,
-            prompt_id=self._id,
-            server=self._server,
-            cached=node in self._cached,
-        )
-        if isinstance(output, WorkflowOutputImage):
-            self._images.append(output)
-        else:
-            self._outputs.append(output)
+    def _lost(self, message: str) -> PromptLostError:
+        return PromptLostError(message, prompt_id=self._id, server=self._server)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import uuid
@@ -17,6 +18,7 @@ from comfy_executors.errors import (
     PromptLostError,
     ServerError,
     ServerNotReadyError,
+    ServerResponseError,
     WaitTimeoutError,
     WorkflowRejectedError,
 )
@@ -25,9 +27,11 @@ from comfy_executors.executors.comfy_prompt import ComfyPrompt
 from comfy_executors.executors.control import JobControl
 from comfy_executors.images import InputImageSet
 from comfy_executors.runs import Batch, BatchResult, Job
-from comfy_executors.workflows import Graph
+from comfy_executors.workflows import Graph, output_nodes
 
 logger = logging.getLogger(__name__)
+
+_READY_POLL = 0.5
 
 Self = TypeVar("Self", bound="ComfyServerWorkflowExecutor")
 
@@ -114,9 +118,12 @@ class ComfyServerWorkflowExecutor(BaseWorkflowExecutor):
                     self.url,
                 ) from (last or error)
             except ServerError as error:
-                if not error.transient:
+                # What stands in front of a server that starts answers in its place.
+                if not error.transient and not isinstance(error, ServerResponseError):
                     raise
                 last = error
+            with contextlib.suppress(WaitTimeoutError):  # check() says it better
+                waiter.sleep(_READY_POLL)
 
     def _run_job(self, job: Job, control: JobControl) -> Iterator[BatchResult]:
         (batch,) = job.batches
@@ -129,10 +136,10 @@ class ComfyServerWorkflowExecutor(BaseWorkflowExecutor):
         except OutputMissingError as error:
             if not error.cached or error.node_id is None:
                 raise
-            # The server's cache names files that were deleted since. An input that the node does
-            # not have makes that node run again, and nothing else.
+            # The server's cache names files that were deleted since, perhaps all of them.
             logger.warning("batch %d is run again with its cache broken: %s", batch.index, error)
-            yield self._run_batch(batch, _break_cache(graph, error.node_id), job, control)
+            graph = _break_cache(graph, {error.node_id, *output_nodes(graph)})
+            yield self._run_batch(batch, graph, job, control)
 
     def _run_batch(self, batch: Batch, graph: Graph, job: Job, control: JobControl) -> BatchResult:
         self._greet(control)
@@ -205,7 +212,10 @@ class ComfyServerWorkflowExecutor(BaseWorkflowExecutor):
         return f"<{type(self).__name__} {self.url} {super().__repr__().split(' ', 1)[1]}"
 
 
-def _break_cache(graph: Graph, node_id: str) -> Graph:
-    node = graph[node_id]
-    inputs = {**node["inputs"], "comfy_executors_again": uuid.uuid4().hex}
-    return {**graph, node_id: {**node, "inputs": inputs}}
+def _break_cache(graph: Graph, node_ids: set[str]) -> Graph:
+    """Give nodes an input that they do not have: they run again, and nothing else does."""
+    again = {"comfy_executors_again": uuid.uuid4().hex}
+    return {
+        node_id: {**node, "inputs": {**node["inputs"], **again}} if node_id in node_ids else node
+        for node_id, node in graph.items()
+    }

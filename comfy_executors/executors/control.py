@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -29,15 +30,22 @@ class JobControl:
         self._limit = f"the run's timeout of {run.options.timeout} s"
         self._has_place = True
         self.attempt = 0
+        # Our own id of the job, the same in all its attempts.
+        self.job_id = str(uuid.uuid4())
+        self.batch_timeout = run.options.batch_timeout
 
     # For the executor, the run, and whoever brings news.
 
     def next_attempt(self) -> None:
-        """Start anew: no mail of the attempt before, and no deadline but the run's."""
+        """Start anew: no mail of the attempt before, and no deadline but the run's.
+
+        Raises as `receive` does, so that nothing is begun that is not wanted any more.
+        """
         self.attempt += 1
         self._set_deadline(None)
         with self._changed:
             self._mail.clear()
+            self._check()
 
     def cancel(self, reason: str) -> None:
         """Make the job stop: its next wait, or the present one, raises."""
@@ -50,6 +58,12 @@ class JobControl:
         with self._changed:
             self._mail.append(item)
             self._changed.notify_all()
+
+    @property
+    def holds_place(self) -> bool:
+        """Whether the job still has its place among `max_workers`."""
+        with self._changed:
+            return self._has_place
 
     # For the backend.
 

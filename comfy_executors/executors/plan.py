@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,10 +15,12 @@ from comfy_executors.workflows import (
     WorkflowTemplate,
     find_seeds,
     node_title,
+    output_nodes,
     plan_batches,
     set_seeds,
-    output_nodes,
 )
+
+logger = logging.getLogger(__name__)
 
 # Not the `random` module's own state: forked workers would all draw the same seeds, and a caller
 # who seeds it for something else would get the same images every time.
@@ -38,7 +41,8 @@ class Plan:
         randomize_seed: Whether seeds are drawn where no `seed` is given.
         variables: What the caller gave for the template.
         input_images: The input images, or None.
-        input_images_dir: The folder of the input images as the server's nodes take it.
+        input_images_dir: The folder of the input images as the server's nodes take it; None where
+            they have none of their own.
 
     Raises:
         ValueError: A number is out of its range.
@@ -56,36 +60,74 @@ class Plan:
         randomize_seed: bool,
         variables: Mapping[str, Any],
         input_images: InputImageSet | None,
-        input_images_dir: str,
+        input_images_dir: str | None,
     ) -> None:
         self._template = template
         self._wants = template.variables
         self._variables = dict(variables)
+        sets_seed = seed is not None or randomize_seed
+        self._refuse_variables("batch_size", *(["seed"] if sets_seed else []))
         if input_images is not None:
             self._add_input_images(input_images, input_images_dir)
+        self._rendered: dict[int, Graph] = {}
         sizes = plan_batches(num_samples, batch_size if "batch_size" in self._wants else 1)
-        seeds = _draw_seeds(len(sizes), seed, randomize_seed)
+        seeds: Sequence[int | None] = _draw_seeds(len(sizes), seed, randomize_seed)
+        for size in {sizes[0], sizes[-1]}:
+            self.graph = self._render(size, seeds[0])
+        self.seeded = seeds[0] is not None and (
+            "seed" in self._wants or bool(find_seeds(self.graph))
+        )
+        if not self.seeded:
+            seeds = [None] * len(sizes)
         self.batches = [
-            Batch(index, size, seeds[index] if seeds else None, self.render)
-            for index, size in enumerate(sizes)
+            Batch(index, size, seeds[index], self.render) for index, size in enumerate(sizes)
         ]
-        first, last = self.batches[0], self.batches[-1]
-        graphs = [self.render(batch) for batch in ([first, last] if len(sizes) > 1 else [first])]
-        self.graph = graphs[0]
-        self.seeded = bool(seeds) and ("seed" in self._wants or bool(find_seeds(self.graph)))
 
     def render(self, batch: Batch) -> Graph:
-        """Make the graph of one batch."""
+        """Make the graph of one batch; it may share nodes with others and is not to be changed."""
+        graph = self._render(batch.size, batch.seed)
+        return graph if batch.seed is None else set_seeds(graph, batch.seed)
+
+    def _render(self, size: int, seed: int | None) -> Graph:
+        # Once a batch size where that will do: a run has thousands of batches and two sizes.
+        if size in self._rendered:
+            return self._rendered[size]
         variables = dict(self._variables)
         if "batch_size" in self._wants:
-            variables["batch_size"] = batch.size
-        if batch.seed is None:
-            return self._template.render(**variables)
-        if "seed" in self._wants:
-            variables["seed"] = batch.seed
-        return set_seeds(self._template.render(**variables), batch.seed)
+            variables["batch_size"] = size
+        if "seed" in self._wants and seed is not None:
+            variables["seed"] = seed
+        graph = self._template.render(**variables)
+        if "seed" not in self._wants:
+            self._rendered[size] = graph
+        return graph
 
-    def _add_input_images(self, images: InputImageSet, folder: str) -> None:
+    def warn(self) -> None:
+        """Log what is allowed and hardly wanted: identical batches, and more images than said."""
+        if len(self.batches) > 1 and not self.seeded:
+            logger.warning(
+                "the %d batches have the same seeds: a server answers all but the first from its "
+                "cache, with the same images",
+                len(self.batches),
+            )
+        for node_id, node in self.graph.items():
+            size = node["inputs"].get("batch_size")
+            if "batch_size" not in self._wants and type(size) is int and size > 1:
+                logger.warning(
+                    "node %s makes %d images at once and the template has no {{ batch_size }}: "
+                    "expect %d images, not %d",
+                    node_id,
+                    size,
+                    size * len(self.batches),
+                    len(self.batches),
+                )
+
+    def _add_input_images(self, images: InputImageSet, folder: str | None) -> None:
+        if folder is None and "input_images_dir" in self._wants:
+            raise InputImageError(
+                "this executor's input images have no folder of their own: let the template use "
+                "their names, input_images, instead of input_images_dir"
+            )
         given = {"input_images_dir": folder, "input_images": images.names}
         wanted = {name: value for name, value in given.items() if name in self._wants}
         if not wanted:
@@ -93,10 +135,17 @@ class Plan:
                 f"{len(images)} input images were given, but the template uses neither "
                 "input_images nor input_images_dir"
             )
+        self._refuse_variables(*wanted)
         self._variables.update(wanted)
 
+    def _refuse_variables(self, *names: str) -> None:
+        """Raise ValueError for what is set here and would silently win over what was given."""
+        for name in names:
+            if name in self._wants and name in self._variables:
+                raise ValueError(f"{name} is an argument of its own and no variable: pass {name}=")
 
-def _draw_seeds(count: int, seed: int | None, randomize: bool) -> Sequence[int]:
+
+def _draw_seeds(count: int, seed: int | None, randomize: bool) -> Sequence[int | None]:
     if seed is not None:
         if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
             raise ValueError(f"seed must be a whole number from 0, not {seed!r}")
@@ -104,7 +153,7 @@ def _draw_seeds(count: int, seed: int | None, randomize: bool) -> Sequence[int]:
             raise ValueError(f"seed {seed} + {count - 1} is above {_MAX_SEED}")
         return range(seed, seed + count)
     # Without repetition: two batches with one seed would make the same images.
-    return _random.sample(range(_RANDOM_SEEDS), count) if randomize else ()
+    return _random.sample(range(_RANDOM_SEEDS), count) if randomize else [None] * count
 
 
 def refuse_previews_only(graph: Graph) -> None:

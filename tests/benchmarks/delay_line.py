@@ -52,15 +52,18 @@ async def serve(host: str, port: int, delay: float) -> None:
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         handshake = asyncio.get_running_loop().time() + 2 * delay
         far_reader, far_writer = await asyncio.open_connection(host, port)
-        await asyncio.gather(
-            _carry(reader, far_writer, delay, handshake + delay),
-            _carry(far_reader, writer, delay, 0.0),
-            return_exceptions=True,
-        )
+        # Cancelled when the benchmark is over, which is no error.
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.gather(
+                _carry(reader, far_writer, delay, handshake + delay),
+                _carry(far_reader, writer, delay, 0.0),
+                return_exceptions=True,
+            )
 
     server = await asyncio.start_server(connected, "127.0.0.1", 0, limit=_CHUNK)
-    print("127.0.0.1:{}".format(server.sockets[0].getsockname()[1]), flush=True)
+    print(f"127.0.0.1:{server.sockets[0].getsockname()[1]}", flush=True)
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+    server.close()
 
 
 if __name__ == "__main__":

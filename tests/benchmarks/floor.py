@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import uuid
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import requests
@@ -26,33 +26,32 @@ def run_floor(address: str, graphs: list[dict[str, Any]], threads: int) -> int:
     socket = websocket.create_connection(
         f"ws://{address}/ws?clientId={client_id}", skip_utf8_validation=True
     )
-    sessions = threading.local()
+    own = threading.local()
 
-    def session() -> requests.Session:
-        if not hasattr(sessions, "session"):
-            sessions.session = requests.Session()
-            # Looking for proxies in the environment takes a good part of each call.
-            sessions.session.trust_env = False
-        return sessions.session
+    def open_session() -> None:
+        own.session = requests.Session()
+        # Looking for proxies in the environment takes a good part of each call.
+        own.session.trust_env = False
 
     def post(graph: dict[str, Any]) -> None:
         body = {"prompt": graph, "client_id": client_id}
-        session().post(f"http://{address}/prompt", json=body).raise_for_status()
+        own.session.post(f"http://{address}/prompt", json=body).raise_for_status()
 
     def fetch(image: dict[str, str]) -> int:
-        return len(session().get(f"http://{address}/view", params=image).content)
+        return len(own.session.get(f"http://{address}/view", params=image).content)
 
-    with ThreadPoolExecutor(threads) as posting, ThreadPoolExecutor(threads) as fetching:
+    posting = ThreadPoolExecutor(threads, initializer=open_session)
+    fetching = ThreadPoolExecutor(threads, initializer=open_session)
+    with posting, fetching:
         posts = [posting.submit(post, graph) for graph in graphs]
-        fetches = []
+        fetches: list[Future[int]] = []
         while len(fetches) < len(graphs):
-            frame = socket.recv()
-            message = json.loads(frame)
+            message = json.loads(socket.recv())
             if message["type"] == "executed":
-                for image in message["data"]["output"]["images"]:
-                    fetches.append(fetching.submit(fetch, image))
-        for done in posts:
-            done.result()
-        size = sum(done.result() for done in fetches)
+                images = message["data"]["output"]["images"]
+                fetches += [fetching.submit(fetch, image) for image in images]
+        for posted in posts:
+            posted.result()
+        size = sum(fetched.result() for fetched in fetches)
     socket.close()
     return size

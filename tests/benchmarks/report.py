@@ -22,4 +22,4 @@ class Line:
     met: bool
 
     def __str__(self) -> str:
-        return f"{self.what:<64} {self.target:<9} {'met ' if self.met else 'MISS'} {self.measured}"
+        return f"{self.what:<68} {self.target:<9} {'met ' if self.met else 'MISS'} {self.measured}"

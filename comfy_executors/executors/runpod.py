@@ -1,0 +1,222 @@
+"""Running batches on a RunPod serverless endpoint. The way of one job stands in `runpod_job.py`."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from comfy_executors.clients.runpod import BASE_URL, RunPodClient
+from comfy_executors.clients.runpod_payload import (
+    EXECUTION_TIMEOUT_SECONDS,
+    MAX_PAYLOAD_BYTES,
+    TTL_SECONDS,
+)
+from comfy_executors.errors import InputImageError
+from comfy_executors.executors.base import BaseWorkflowExecutor
+from comfy_executors.executors.control import JobControl
+from comfy_executors.executors.joining import JoinedGraph, join
+from comfy_executors.executors.remote_inputs import RemoteInputImageSet
+from comfy_executors.executors.runpod_job import JobLimits, RunPodJobRun
+from comfy_executors.executors.runpod_official import OfficialWorker
+from comfy_executors.executors.runpod_queue import QueueWatch
+from comfy_executors.images import InputImageSet, InputImageSource
+from comfy_executors.runs import Batch, BatchFailure, BatchResult, Job
+from comfy_executors.wire import (
+    DOCUMENT_KEY,
+    JobDocument,
+    JobGraph,
+    JobOptions,
+    encode_request,
+)
+
+_ROOM_BYTES = MAX_PAYLOAD_BYTES * 9 // 10  # graphs differ a little in size
+WORKERS = ("auto", "comfy-executors", "worker-comfyui")
+_UNCERTAIN = ("raise", "resubmit")
+
+
+class RunPodWorkflowExecutor(BaseWorkflowExecutor):
+    """Run workflow templates on a RunPod serverless endpoint.
+
+    Args:
+        endpoint_id: The endpoint, such as `abc123def456`.
+        api_key: The key; by default the environment's `RUNPOD_API_KEY`. It is shown nowhere.
+        base_url: Where RunPod's API is.
+        batch_size: How many images one execution of the graph makes, for templates that say
+            `batch_size`.
+        worker: `comfy-executors` (our own), `worker-comfyui` (the official image), or `auto`:
+            requests that both understand.
+        batches_per_job: How many batches a job takes; None puts the whole run into one, as far as
+            RunPod's limits allow. A number spreads a run over jobs, and so over workers.
+        max_workers: How many jobs are kept at RunPod at once.
+        queue_timeout: Seconds that a job may wait for a worker.
+        execution_timeout: Seconds that a job may run, from 5 to 7 days.
+        on_uncertain_submit: What is done when a job was sent and RunPod's answer never came:
+            `raise` (`SubmitUncertainError`), or `resubmit`, which may run it twice.
+
+    Raises:
+        ValueError: There is no key, or an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        endpoint_id: str,
+        api_key: str | None = None,
+        base_url: str = BASE_URL,
+        batch_size: int = 1,
+        *,
+        worker: str = "auto",
+        batches_per_job: int | None = None,
+        max_workers: int = 4,
+        queue_timeout: float = 900.0,
+        execution_timeout: float = 3600.0,
+        on_uncertain_submit: str = "raise",
+    ) -> None:
+        _check_choice("worker", worker, WORKERS)
+        _check_choice("on_uncertain_submit", on_uncertain_submit, _UNCERTAIN)
+        if batches_per_job is not None and not (
+            type(batches_per_job) is int and batches_per_job >= 1
+        ):
+            raise ValueError(
+                f"batches_per_job must be a whole number from 1, not {batches_per_job!r}"
+            )
+        low, high = EXECUTION_TIMEOUT_SECONDS
+        if not low <= execution_timeout <= high:
+            raise ValueError(f"execution_timeout is from {low:g} to {high:g} seconds")
+        if not 0 < queue_timeout <= TTL_SECONDS[1] - execution_timeout - 60:
+            raise ValueError("queue_timeout and execution_timeout together are at most 7 days")
+        super().__init__(batch_size, max_workers=max_workers)
+        self.worker = worker
+        self.batches_per_job = batches_per_job
+        self._client = RunPodClient(endpoint_id, api_key, base_url)
+        self.endpoint_id = endpoint_id
+        self.url = self._client.url
+        self._limits = JobLimits(
+            queue_timeout, execution_timeout, on_uncertain_submit == "resubmit"
+        )
+        self._watch = QueueWatch(self._client)
+        self._official = OfficialWorker(is_known=worker == "worker-comfyui")
+
+    def _load_inputs(self, sources: Sequence[InputImageSource]) -> InputImageSet:
+        images = RemoteInputImageSet(sources)
+        if self.worker == "worker-comfyui" and any(file.url for file in images.inputs):
+            raise InputImageError("worker-comfyui takes no URLs of input images: pass their bytes")
+        return images
+
+    def _job_size(self, batches: Sequence[Batch], job: Job) -> int:
+        first = _job_graph(batches[0])
+        wanted = min(len(batches), self.batches_per_job or len(batches))
+        if self._official.is_known:
+            self._official.warn_of_size(first)
+            return min(wanted, self._official.fitting(first) or wanted)
+        images = job.input_images
+        inputs = sum(map(len, images.files.values())) * 4 // 3 if images else 0
+        # A graph travels twice where the request is for both workers.
+        graph = len(json.dumps(first.graph)) * (2 if self.worker == "auto" else 1) + 200
+        return max(1, min(wanted, (_ROOM_BYTES - inputs) // graph))
+
+    def _run_job(self, job: Job, control: JobControl) -> Iterator[BatchResult | BatchFailure]:
+        batches = {batch.index: batch for batch in job.batches}
+        waiting = [_job_graph(batch) for batch in job.batches]
+        most = len(waiting)
+        while waiting:
+            joined = self._join_graphs(waiting[:most], job, control)
+            run = self._new_run({item.batch: batches[item.batch] for item in waiting}, joined, control)
+            try:
+                run.submit(self._request(waiting, joined, job, control), control.job_id)
+                yield from run.follow()
+            except BaseException:
+                run.cancel()
+                raise
+            if run.started or joined is None:
+                run.raise_for_rest()
+                return
+            # One graph for all that fit into a result: the others are still to be done.
+            shares = self._official.settle(
+                run.output, run.status, joined, batches, control, self.url
+            )
+            yield from shares.results
+            done = set(joined.batches)
+            if shares.missing and shares.can_be_repeated and len(joined.batches) > 1:
+                # One batch can spoil a job for the others: each gets one of its own.
+                most = 1
+                done -= set(shares.missing)
+            else:
+                for index in shares.missing:
+                    yield BatchFailure(index, copy.copy(shares.error))
+            waiting = [item for item in waiting if item.batch not in done]
+
+    def _join_graphs(
+        self, waiting: Sequence[JobGraph], job: Job, control: JobControl
+    ) -> JoinedGraph | None:
+        """Make what the official worker is to run; None for a request to our worker only."""
+        images = job.input_images
+        has_urls = isinstance(images, RemoteInputImageSet) and any(f.url for f in images.inputs)
+        if self.worker == "comfy-executors" or has_urls:
+            return None
+        fitting = self._official.fitting(waiting[0]) or len(waiting)
+        # Files of a job that runs twice, and of other jobs, are never overwritten or mixed up.
+        return join(waiting[:fitting], control.job_id.partition("-")[0])
+
+    def _new_run(
+        self, batches: Mapping[int, Batch], joined: JoinedGraph | None, control: JobControl
+    ) -> RunPodJobRun:
+        limits = self._limits
+        announced: tuple[int, ...] = ()
+        if joined is not None and self._official.is_known:
+            announced = joined.batches
+            batches = {index: batches[index] for index in announced}
+            if control.batch_timeout is not None:
+                seconds = control.batch_timeout * len(joined.batches)
+                low = EXECUTION_TIMEOUT_SECONDS[0]
+                limits = replace(
+                    limits,
+                    execution_timeout=min(limits.execution_timeout, max(low, seconds)),
+                )
+        return RunPodJobRun(self._client, control, batches, limits, self._watch, announced)
+
+    def _request(
+        self,
+        waiting: Sequence[JobGraph],
+        joined: JoinedGraph | None,
+        job: Job,
+        control: JobControl,
+    ) -> dict[str, Any]:
+        document = self._document(waiting, job, control)
+        request = encode_request(document, None if joined is None else joined.graph)
+        if self.worker == "worker-comfyui":
+            del request[DOCUMENT_KEY]
+        return request
+
+    def _document(self, graphs: Sequence[JobGraph], job: Job, control: JobControl) -> JobDocument:
+        images = job.input_images
+        return JobDocument(
+            control.job_id,
+            tuple(graphs),
+            images.unique if isinstance(images, RemoteInputImageSet) else (),
+            JobOptions(job.include_previews, job.allow_partial, control.batch_timeout),
+        )
+
+    def _close_backend(self) -> None:
+        self._client.close()
+
+    def _reset_backend(self) -> None:
+        self._client.reset()
+        self._watch.reset()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.url} {super().__repr__().split(' ', 1)[1]}"
+
+
+RunpodComfyWorkflowExecutor = RunPodWorkflowExecutor
+
+
+def _job_graph(batch: Batch) -> JobGraph:
+    return JobGraph(batch.index, batch.size, batch.seed, batch.render(batch))
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is one of {', '.join(choices)}, not {value!r}")

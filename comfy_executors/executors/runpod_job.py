@@ -1,0 +1,402 @@
+"""One job on RunPod: submit it, follow its stream, and turn what comes into results.
+
+The stream is asked with long polls that RunPod answers when there is something; each answer also
+tells the status. What a stream has lost is looked for in the job's final result.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Union
+
+from comfy_executors.clients.http import DeadlineWaiter
+from comfy_executors.clients.result_files import fetch_result
+from comfy_executors.clients.runpod import RunPodClient
+from comfy_executors.clients.runpod_answers import (
+    IN_QUEUE,
+    TERMINAL,
+    RunPodStatus,
+    RunPodStream,
+)
+from comfy_executors.errors import (
+    ComfyExecutorsError,
+    JobOutputLostError,
+    JobTimeoutError,
+    ServerError,
+    SubmitUncertainError,
+    WaitTimeoutError,
+    WorkflowError,
+)
+from comfy_executors.executors.control import JobControl
+from comfy_executors.executors.runpod_queue import QueueWatch
+from comfy_executors.images import WorkflowOutput, WorkflowOutputImage, kind_of
+from comfy_executors.runs import Batch, BatchFailure, BatchResult, ProgressEvent
+from comfy_executors.wire import (
+    Assembler,
+    CompleteBatch,
+    Failed,
+    News,
+    Progress,
+    Started,
+    WholeOutput,
+)
+
+logger = logging.getLogger(__name__)
+
+Settled = Union[BatchResult, BatchFailure]
+
+_FIRST_WAIT = 1.0  # the shortest that RunPod holds an answer
+_LONGEST_WAIT = 5.0  # also how late a cancellation is noticed at the most
+_FIRST_PAUSE = 0.5
+_GROWTH = 1.5
+_LEAST_GAP = 0.35  # between the starts of two polls: below three a second while images come
+_STUCK_SECONDS = 30.0
+_EXPLAIN_SECONDS = 15.0
+_CANCEL_SECONDS = 20.0
+_OVERTIME_SECONDS = 30.0  # RunPod ends jobs some seconds after their limit
+_TTL_SLACK = 60.0
+
+
+@dataclass(frozen=True)
+class JobLimits:
+    """What a job is submitted with; see `RunPodWorkflowExecutor`."""
+
+    queue_timeout: float
+    execution_timeout: float
+    resubmit: bool
+
+
+class RunPodJobRun:
+    """A job that is followed to its end.
+
+    Args:
+        client: The endpoint.
+        control: The deadline, the cancel signal and the progress of the job.
+        batches: Its batches by index.
+        limits: Its limits.
+        watch: Who explains a queue that does not move.
+        announced: The batches of a worker that tells no progress: they count as started when the
+            job does.
+
+    Attributes:
+        job_id: RunPod's id of the job, once it was submitted.
+        started: Whether our own worker said that it began.
+        status: RunPod's last word on the job, where batches are left once `follow` has ended.
+        output: What a worker that is not ours answered, or None.
+    """
+
+    def __init__(
+        self,
+        client: RunPodClient,
+        control: JobControl,
+        batches: Mapping[int, Batch],
+        limits: JobLimits,
+        watch: QueueWatch,
+        announced: Sequence[int] = (),
+    ) -> None:
+        self._client = client
+        self._control = control
+        self._batches = batches
+        self._limits = limits
+        self._watch = watch
+        self._assembler = Assembler(batches)
+        self._lost: list[str] = []
+        self.job_id: str | None = None
+        self.started = False
+        self.status: RunPodStatus | None = None
+        self.output: Any = None
+        self._announced = list(announced)
+        self._pace = _Pace()
+        self._ended = False
+
+    # Submitting and cancelling.
+
+    def submit(self, request: Mapping[str, Any], request_id: str) -> None:
+        """Queue the job.
+
+        Raises:
+            SubmitUncertainError: It may be queued, and `on_uncertain_submit` is `raise`.
+            ServerError, PayloadTooLargeError: RunPod did not take it.
+        """
+        self._control.limit(0.0)
+        ttl = self._limits.queue_timeout + self._limits.execution_timeout + _TTL_SLACK
+        for attempt in range(3):
+            try:
+                job = self._client.submit(
+                    request,
+                    execution_timeout=self._limits.execution_timeout,
+                    ttl=ttl,
+                    waiter=self._control,
+                    request_id=request_id,
+                )
+                break
+            except SubmitUncertainError as error:
+                if not self._limits.resubmit or attempt == 2:
+                    raise
+                logger.warning("request %s is submitted again: %s", request_id, error)
+        self.job_id = job.id
+        logger.info("job %s on %s has batches %s", job.id, self._client.url, [*self._batches])
+        for index in self._batches:
+            self._control.progress(ProgressEvent("queued", index, job_id=job.id))
+
+    def cancel(self) -> None:
+        """Cancel the job on RunPod unless it has ended; a failure to do so is logged."""
+        if self.job_id is None or self._ended:
+            return
+        self._ended = True
+        try:
+            # A waiter of its own: the job's has passed its deadline or was cancelled.
+            self._client.cancel(self.job_id, DeadlineWaiter(_CANCEL_SECONDS))
+        except (ServerError, WaitTimeoutError) as error:
+            logger.warning("job %s on %s may run on: %s", self.job_id, self._client.url, error)
+
+    # Following.
+
+    def follow(self) -> Iterator[Settled]:
+        """Yield what becomes of each batch, until all are settled or the job has ended."""
+        clock = _Clock(self._limits)
+        while self._assembler.unsettled:
+            answer = self._poll(clock)
+            for chunk in answer.chunks:
+                yield from self._take(chunk)
+            status = answer.status or self._ask().status
+            clock.see(status)
+            if not clock.in_queue:
+                self._announce()
+            if not answer.chunks:
+                if status in TERMINAL:
+                    break
+                self._keep_limits(clock)
+        if self._assembler.unsettled:
+            yield from self._read_result()
+        self._ended = True
+
+    @property
+    def unsettled(self) -> list[int]:
+        """The batches of which nothing has become yet."""
+        return list(self._assembler.unsettled)
+
+    def _announce(self) -> None:
+        while self._announced:
+            event = ProgressEvent("started", self._announced.pop(0), job_id=self.job_id)
+            self._control.progress(event)
+
+    def _poll(self, clock: _Clock) -> RunPodStream:
+        assert self.job_id is not None
+        wait = max(_FIRST_WAIT, min(self._pace.begin(self._control), clock.left()))
+        answer = self._client.stream(self.job_id, wait, self._control)
+        self._pace.end(bool(answer.chunks) or answer.status in TERMINAL, self._control)
+        return answer
+
+    def _ask(self) -> RunPodStatus:
+        assert self.job_id is not None
+        return self._client.status(self.job_id, self._control)
+
+    def _read_result(self) -> Iterator[Settled]:
+        """Look into the final result for what the stream did not bring."""
+        pause = _FIRST_PAUSE
+        while not (status := self._ask()).is_terminal:
+            self._control.sleep(pause)
+            pause = min(_LONGEST_WAIT, _GROWTH * pause)
+        self.status = status
+        self._ended = True
+        if status.status == "COMPLETED" and not isinstance(status.output, list):
+            self.output = status.output
+        for event in status.output if isinstance(status.output, list) else ():
+            yield from self._take(event)
+
+    def _keep_limits(self, clock: _Clock) -> None:
+        assert self.job_id is not None
+        if clock.in_queue and clock.seconds >= _STUCK_SECONDS and clock.explain_again():
+            self._explain()
+        if clock.left() > 0:
+            return
+        if not clock.in_queue:
+            raise JobTimeoutError(
+                f"ran longer than its execution timeout of {self._limits.execution_timeout:g} s",
+                started=True,
+                job_id=self.job_id,
+                server=self._client.url,
+            )
+        words = self._watch.explain(self._control)
+        raise JobTimeoutError(
+            f"waited {self._limits.queue_timeout:g} s for a worker" + (f": {words}" * bool(words)),
+            started=False,
+            job_id=self.job_id,
+            server=self._client.url,
+        )
+
+    def _explain(self) -> None:
+        words = self._watch.explain(self._control)
+        if words:
+            for index in self._assembler.unsettled[:1]:
+                event = ProgressEvent("waiting", index, message=words, job_id=self.job_id)
+                self._control.progress(event)
+
+    # What comes.
+
+    def _take(self, chunk: Any) -> Iterator[Settled]:
+        if not isinstance(chunk, dict) or (chunk and "kind" not in chunk):
+            self.output = chunk
+            return
+        for news in self._assembler.add(chunk):
+            settled = self._hear(news)
+            if settled is not None:
+                yield settled
+
+    def _hear(self, news: News) -> Settled | None:
+        if isinstance(news, Started):
+            self.started = True
+        elif isinstance(news, Progress):
+            self._report(news)
+        elif isinstance(news, Failed) and news.batch is not None:
+            return BatchFailure(news.batch, self.name_job(news.error))
+        elif isinstance(news, CompleteBatch):
+            return self._result(news)
+        return None
+
+    def _report(self, news: Progress) -> None:
+        if news.event.kind != "queued":  # which it was on RunPod
+            event = ProgressEvent(batch=news.batch, job_id=self.job_id, **vars(news.event))
+            self._control.progress(event)
+
+    def name_job(self, error: ComfyExecutorsError) -> ComfyExecutorsError:
+        """Write the job's id on an error."""
+        if isinstance(error, WorkflowError) and error.job_id is None:
+            error.job_id = self.job_id
+        return error
+
+    def _result(self, complete: CompleteBatch) -> Settled | None:
+        batch = self._batches[complete.batch]
+        outputs: list[WorkflowOutput] = []
+        for output in complete.outputs:
+            data = output.data if output.data is not None else self._fetch(output)
+            if data is None:
+                self._lost.append(f"output {output.output} of batch {output.batch}")
+                return None
+            outputs.append(self._output(batch, complete, output, data))
+        images = [output for output in outputs if isinstance(output, WorkflowOutputImage)]
+        return BatchResult(
+            batch.index,
+            images,
+            [output for output in outputs if not isinstance(output, WorkflowOutputImage)],
+            seed=batch.seed,
+            prompt_id=complete.prompt_id,
+            server=self._client.url,
+            job_id=self.job_id,
+        )
+
+    def _fetch(self, output: WholeOutput) -> bytes | None:
+        """Fetch what lies in a bucket; None where it is gone or broken."""
+        try:
+            data = fetch_result(output.url or "", self._control, size=output.size)
+        except ServerError as error:
+            logger.warning("%s of job %s cannot be fetched: %s", output.name, self.job_id, error)
+            return None
+        return data if output.matches(data) else None
+
+    def _output(
+        self, batch: Batch, complete: CompleteBatch, output: WholeOutput, data: bytes
+    ) -> WorkflowOutput:
+        is_image = kind_of(output.name) == "image"
+        return (WorkflowOutputImage if is_image else WorkflowOutput)(
+            data,
+            name=output.name,
+            subfolder=output.subfolder,
+            type=output.type,
+            node_id=output.node,
+            batch_index=batch.index,
+            seed=batch.seed,
+            prompt_id=complete.prompt_id,
+            server=self._client.url,
+            cached=output.cached,
+        )
+
+    # Ending.
+
+    def raise_for_rest(self) -> None:
+        """Say why batches have no result, if some have none.
+
+        Raises:
+            JobOutputLostError: The worker made them, and they were lost on the way.
+            WorkflowError: Any other reason.
+        """
+        missing = [*self._lost, *map(str, self._assembler.missing())]
+        if not missing:
+            return
+        if self._assembler.job_error is not None:
+            raise self.name_job(self._assembler.job_error)
+        failure = self.status.failure(self._client.url) if self.status else None
+        lost = self.started and (self.status is None or self.status.status == "COMPLETED")
+        if failure is not None and not lost:
+            raise failure
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" * (len(missing) > 5))
+        raise JobOutputLostError(
+            f"ended, and its stream lost {shown}", job_id=self.job_id, server=self._client.url
+        )
+
+
+class _Pace:
+    """How long polls wait and how far apart they are."""
+
+    def __init__(self) -> None:
+        self._wait = _FIRST_WAIT
+        self._pause = _FIRST_PAUSE
+        self._begun = float("-inf")
+
+    def begin(self, control: JobControl) -> float:
+        """Wait for the next poll's turn; return the seconds that RunPod may hold it."""
+        gap = self._begun + _LEAST_GAP - time.monotonic()
+        if gap > 0:
+            control.sleep(gap)
+        self._begun = time.monotonic()
+        return self._wait
+
+    def end(self, is_news: bool, control: JobControl) -> None:
+        """Take down what a poll brought; after an answer that was not held, wait here."""
+        if is_news:
+            self._wait, self._pause = _FIRST_WAIT, _FIRST_PAUSE
+            return
+        if time.monotonic() - self._begun < 0.9 * _FIRST_WAIT:
+            control.sleep(self._pause * random.uniform(0.8, 1.2))
+            self._pause = min(_LONGEST_WAIT, _GROWTH * self._pause)
+        self._wait = min(_LONGEST_WAIT, _GROWTH * self._wait)
+
+
+class _Clock:
+    """The two budgets of a job: waiting, and running."""
+
+    def __init__(self, limits: JobLimits) -> None:
+        self._limits = limits
+        self.in_queue = True
+        self._since = time.monotonic()
+        self._explained = float("-inf")
+
+    @property
+    def seconds(self) -> float:
+        """How long it has been waiting or running."""
+        return time.monotonic() - self._since
+
+    def see(self, status: str) -> None:
+        """Take down a status; each change begins a budget anew."""
+        in_queue = status == IN_QUEUE
+        if in_queue != self.in_queue:
+            self.in_queue = in_queue
+            self._since = time.monotonic()
+
+    def left(self) -> float:
+        """Return what is left of the budget, at least 0."""
+        if self.in_queue:
+            return max(0.0, self._limits.queue_timeout - self.seconds)
+        return max(0.0, self._limits.execution_timeout + _OVERTIME_SECONDS - self.seconds)
+
+    def explain_again(self) -> bool:
+        """Tell, every 15 seconds once, whether the queue wants an explanation."""
+        again = self.seconds - self._explained >= _EXPLAIN_SECONDS
+        if again:
+            self._explained = self.seconds
+        return again

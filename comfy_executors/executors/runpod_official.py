@@ -1,0 +1,276 @@
+"""What the official worker, `worker-comfyui`, answers, given back to the batches of a job."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from comfy_executors.clients.http import Waiter
+from comfy_executors.clients.result_files import fetch_result
+from comfy_executors.clients.runpod_answers import RunPodStatus
+from comfy_executors.errors import (
+    JobResultLostError,
+    RunPodJobFailedError,
+    ServerResponseError,
+    WorkflowError,
+)
+from comfy_executors.executors.joining import JoinedGraph, Owner, can_be_joined, estimate_bytes
+from comfy_executors.images import WorkflowOutput, WorkflowOutputImage, kind_of
+from comfy_executors.runs import Batch, BatchResult
+from comfy_executors.wire import JobGraph
+
+logger = logging.getLogger(__name__)
+
+RESULT_BYTES = 9_500_000  # of the 10 MB that RunPod takes, some are names and brackets
+_NO_NAME = "output.png"
+
+
+@dataclass(frozen=True)
+class OfficialFile:
+    """A file that the worker passes on.
+
+    Args:
+        name: Its name, or an empty string where the worker does not say it.
+        data: Its bytes; or
+        url: where they are.
+    """
+
+    name: str
+    data: bytes | None = field(default=None, repr=False)
+    url: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class OfficialAnswer:
+    """The output of a job.
+
+    Args:
+        files: The files.
+        errors: What went wrong beside them.
+        is_old: Whether the worker is older than 5.0, and passes on the last image only.
+    """
+
+    files: tuple[OfficialFile, ...]
+    errors: tuple[str, ...] = ()
+    is_old: bool = False
+
+
+def parse_official(output: Any) -> OfficialAnswer:
+    """Read the output of a job, in the shape of 5.0 and later, or in the older one.
+
+    Raises:
+        ServerResponseError: It is neither.
+    """
+    if isinstance(output, list) and len(output) == 1:
+        output = output[0]  # of a worker that yields it
+    if not isinstance(output, Mapping):
+        raise _unknown(output)
+    if isinstance(output.get("images"), list):
+        files = tuple(_file(item) for item in output["images"])
+        return OfficialAnswer(files, _texts(output.get("errors")))
+    message = output.get("message")
+    if output.get("status") == "success" and isinstance(message, str):
+        return OfficialAnswer((_content("", message),), is_old=True)
+    if output.get("status") == "error" and isinstance(message, str):
+        return OfficialAnswer((), (message,), is_old=True)
+    raise _unknown(output)
+
+
+def _unknown(output: Any) -> ServerResponseError:
+    shown = sorted(output) if isinstance(output, Mapping) else type(output).__name__
+    return ServerResponseError(
+        f"the endpoint's worker is neither that of comfy-executors nor worker-comfyui: its output "
+        f"is {str(shown)[:200]}"
+    )
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    return tuple(map(str, value)) if isinstance(value, list) else (str(value),)
+
+
+def _file(item: Any) -> OfficialFile:
+    if not isinstance(item, Mapping) or not isinstance(item.get("data"), str):
+        raise _unknown(item)
+    name = str(item.get("filename") or "")
+    if item.get("type") == "s3_url":
+        return OfficialFile(name, url=item["data"])
+    return _content(name, item["data"])
+
+
+def _content(name: str, text: str) -> OfficialFile:
+    if text.startswith(("http://", "https://")):
+        return OfficialFile(name, url=text)
+    try:
+        return OfficialFile(name, base64.b64decode(text.partition(",")[2] or text, validate=True))
+    except (binascii.Error, ValueError) as error:
+        raise ServerResponseError(f"the worker sent a file that is not base64: {error}") from error
+
+
+@dataclass
+class Shares:
+    """What of an answer belongs to which batch.
+
+    Args:
+        results: The batches that are complete.
+        missing: Those that are not.
+        error: Why they are not.
+        can_be_repeated: Whether another job could bring them.
+    """
+
+    results: list[BatchResult]
+    missing: list[int]
+    error: WorkflowError
+    can_be_repeated: bool
+
+
+class OfficialWorker:
+    """What is known of an endpoint's worker, if it is `worker-comfyui`.
+
+    Args:
+        is_known: Whether that is what it is.
+    """
+
+    def __init__(self, is_known: bool) -> None:
+        self.is_known = is_known
+        self._passes_last_image_only = False
+        self._has_bucket = False
+
+    def fitting(self, item: JobGraph) -> int | None:
+        """Return how many such batches one job's result has room for, at least 1; None for all."""
+        if self._passes_last_image_only or not can_be_joined(item.graph):
+            return 1
+        if self._has_bucket:
+            return None
+        return max(1, RESULT_BYTES // estimate_bytes(item.graph, item.size))
+
+    def warn_of_size(self, item: JobGraph) -> None:
+        """Log a warning for a batch whose result is likely to be lost."""
+        estimate = estimate_bytes(item.graph, item.size)
+        if estimate > RESULT_BYTES and not self._has_bucket:
+            logger.warning(
+                "the images of one batch are about %.0f MB, and RunPod loses results of "
+                "worker-comfyui over 10 MB: give it a bucket (BUCKET_ENDPOINT_URL), make smaller "
+                "batches, or use the worker of comfy-executors",
+                estimate / 1e6,
+            )
+
+    def settle(
+        self,
+        output: Any,
+        status: RunPodStatus | None,
+        joined: JoinedGraph,
+        batches: Mapping[int, Batch],
+        waiter: Waiter,
+        server: str,
+    ) -> Shares:
+        """Give each batch of a job what the worker answered.
+
+        Args:
+            output: The output, or None.
+            status: RunPod's last word on the job.
+            joined: The graph that was run.
+            batches: The batches by index.
+            waiter: The deadline of downloads.
+            server: The endpoint's address.
+
+        Raises:
+            JobError: The job failed as a whole.
+            ServerError: The output is not one of worker-comfyui, or cannot be fetched.
+        """
+        assert status is not None, "a job that is not ours is followed to its end"
+        if output is None:
+            error = status.failure(server)
+            assert error is not None, "it has ended, and there is no output"
+            if not self.is_known or not isinstance(
+                error, (RunPodJobFailedError, JobResultLostError)
+            ):
+                raise error
+            return Shares([], [*joined.batches], error, "validation" not in str(error).lower())
+        answer = parse_official(output)
+        self.is_known = True
+        self._passes_last_image_only = answer.is_old
+        self._has_bucket = self._has_bucket or any(file.url for file in answer.files)
+        return _share_out(answer, joined, batches, waiter, status.id, server)
+
+
+def _share_out(
+    answer: OfficialAnswer,
+    joined: JoinedGraph,
+    batches: Mapping[int, Batch],
+    waiter: Waiter,
+    job_id: str,
+    server: str,
+) -> Shares:
+    """Give each batch its files.
+
+    A batch is complete when it has a file; after an error in the job, when it has as many as it was
+    to make.
+    """
+    found: dict[int, list[WorkflowOutput]] = defaultdict(list)
+    for file in answer.files:
+        owner, name = _owner_of(file, joined)
+        if owner is None:
+            logger.warning("job %s: %r belongs to no batch", job_id, file.name)
+            continue
+        data = file.data if file.data is not None else fetch_result(file.url or "", waiter)
+        found[owner.batch].append(_output(data, name, owner, batches[owner.batch], server))
+    shares = Shares(
+        [], [], _failure_of(answer, job_id, server), bool(answer.errors or answer.is_old)
+    )
+    for index in joined.batches:
+        savers = sum(owner.batch == index for owner in joined.owners.values())
+        wanted = batches[index].size * max(1, savers) if answer.errors else 1
+        if len(found[index]) >= wanted:
+            shares.results.append(_result(batches[index], found[index], job_id, server))
+        else:
+            shares.missing.append(index)
+    return shares
+
+
+def _owner_of(file: OfficialFile, joined: JoinedGraph) -> tuple[Owner | None, str]:
+    found = joined.find(file.name)
+    if found is not None:
+        return found
+    if len(joined.batches) > 1:
+        return None, file.name
+    name = file.name or os.path.basename(unquote(urlsplit(file.url or "").path)) or _NO_NAME
+    return Owner(joined.batches[0], "", ""), name
+
+
+def _output(data: bytes, name: str, owner: Owner, batch: Batch, server: str) -> WorkflowOutput:
+    is_image = kind_of(name) == "image"
+    return (WorkflowOutputImage if is_image else WorkflowOutput)(
+        data,
+        name=name,
+        subfolder=owner.subfolder,
+        node_id=owner.node_id or None,
+        batch_index=batch.index,
+        seed=batch.seed,
+        server=server,
+    )
+
+
+def _result(batch: Batch, outputs: list[WorkflowOutput], job_id: str, server: str) -> BatchResult:
+    images = [output for output in outputs if isinstance(output, WorkflowOutputImage)]
+    others = [output for output in outputs if not isinstance(output, WorkflowOutputImage)]
+    return BatchResult(batch.index, images, others, seed=batch.seed, server=server, job_id=job_id)
+
+
+def _failure_of(answer: OfficialAnswer, job_id: str, server: str) -> RunPodJobFailedError:
+    """Make the error of a batch that has no files, or too few."""
+    reason = (
+        "made no image that worker-comfyui passes on: it drops previews, the videos of custom "
+        "nodes, and images that go over the websocket only"
+    )
+    if answer.errors:
+        reason = answer.errors[0]
+    return RunPodJobFailedError(reason, job_id=job_id, details=answer.errors[1:], server=server)

@@ -1,0 +1,1 @@
+"""What runs beside the GPU: jobs of several batches on the ComfyUI of a serverless worker."""

@@ -1,0 +1,434 @@
+"""Running a job document on the ComfyUI of this machine, as a stream of events."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import comfy_executors
+from comfy_executors.clients.comfyui import ComfyUIClient
+from comfy_executors.clients.http import HttpClient
+from comfy_executors.errors import (
+    ComfyExecutorsError,
+    NodeExecutionError,
+    OutputFileError,
+    ServerNotReadyError,
+    ServerUnreachableError,
+    WorkflowCancelledError,
+    WorkflowError,
+)
+from comfy_executors.executors.comfy_server import ComfyServerWorkflowExecutor
+from comfy_executors.images import WorkflowOutput
+from comfy_executors.runs import BatchResult, WorkflowRun
+from comfy_executors.saving import safe_name
+from comfy_executors.wire import (
+    BatchEnded,
+    End,
+    Failed,
+    JobDocument,
+    JobGraph,
+    OutputPart,
+    Progress,
+    Started,
+    encode_event,
+    split,
+)
+from comfy_executors.wire.events import PART_BYTES
+from comfy_executors.workers.downloads import InputDownloader
+from comfy_executors.workers.inbox import Inbox
+from comfy_executors.workers.ledger import Ledger, MadeBatch, MadeOutput, fingerprint
+from comfy_executors.workers.storage import S3Storage
+from comfy_executors.workflows import WorkflowTemplate
+
+logger = logging.getLogger(__name__)
+
+WORKER = "comfy-executors"
+# One runs and one waits in ComfyUI's queue; twice as many are being fetched or handed out.
+_QUEUED = 2
+_IN_FLIGHT = 2 * _QUEUED
+_READY_SLICE = 1.0  # seconds of waiting for ComfyUI between two looks at a cancellation
+_CANCEL_SECONDS = 20.0
+
+
+class Engine:
+    """Runs jobs on a ComfyUI; several at once share its queue.
+
+    Args:
+        address: ComfyUI's address, as `ComfyServerWorkflowExecutor` takes it.
+        storage: Where outputs are put instead of into the events, if anywhere.
+        ready_timeout: Seconds that a ComfyUI may take to start.
+        outage_timeout: Seconds without an answer after which it has died; it is on this machine.
+        downloader: What fetches input images that are given as URLs.
+    """
+
+    def __init__(
+        self,
+        address: str = "127.0.0.1:8188",
+        *,
+        storage: S3Storage | None = None,
+        ready_timeout: float = 300.0,
+        outage_timeout: float = 30.0,
+        downloader: InputDownloader | None = None,
+    ) -> None:
+        self.executor = ComfyServerWorkflowExecutor(
+            address, max_workers=_QUEUED, outage_timeout=outage_timeout
+        )
+        self.http = HttpClient(self.executor.url, outage_timeout=outage_timeout)
+        self.storage = storage
+        self.ready_timeout = ready_timeout
+        self.downloader = downloader or InputDownloader()
+        self.ledger = Ledger()
+
+    def start(self, document: JobDocument) -> Execution:
+        """Begin a job; iterate over what this returns."""
+        return Execution(self, document)
+
+    def close(self) -> None:
+        """Cancel what runs and end all threads."""
+        self.executor.close(cancel=True)
+        self.http.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Execution:
+    """A job while it runs: an iterator of its events as JSON, once over.
+
+    Iterating blocks; it raises `WorkflowCancelledError` after `cancel`, and nothing else: what goes
+    wrong is an event.
+
+    Attributes:
+        sick: Why ComfyUI can no longer be trusted, if it cannot: jobs should go to a fresh worker.
+    """
+
+    def __init__(self, engine: Engine, document: JobDocument) -> None:
+        self._engine = engine
+        self._document = document
+        self._client = ComfyUIClient(engine.http)
+        self._inbox = Inbox()
+        self._waiter = _JobWaiter()
+        self._running: dict[int, tuple[JobGraph, WorkflowRun]] = {}
+        self._submitting = threading.Lock()
+        self._is_fed = False
+        self._claimed = False
+        self._events = self._run()
+        self._attempt = 0
+        self._seq = 0
+        self._counts = {"batches": 0, "outputs": 0, "errors": 0}
+        self.sick: str | None = None
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        return next(self._events)
+
+    def cancel(self) -> None:
+        """Take our prompts out of ComfyUI's queue and interrupt the one that runs.
+
+        Any thread may; when it returns ComfyUI has been told. A job that has ended is left alone.
+        """
+        self._waiter.cancel()
+        self._inbox.cancel()
+        self._engine.ledger.wake()
+        self._finish()
+
+    def _finish(self) -> None:
+        with self._submitting:
+            runs = [run for _, run in self._running.values()]
+            claimed, self._claimed = self._claimed, False
+        for run in runs:
+            run.cancel()
+        futures = [future for run in runs for future in run.futures]
+        if concurrent.futures.wait(futures, _CANCEL_SECONDS).not_done:
+            logger.warning("ComfyUI was not told of a cancellation within %g s", _CANCEL_SECONDS)
+        if claimed:
+            self._engine.ledger.release(self._document.request_id)
+
+    # The events, in order.
+
+    def _run(self) -> Iterator[dict[str, Any]]:
+        try:
+            self._claim()
+            yield self._event(
+                Started,
+                request_id=self._document.request_id,
+                worker=WORKER,
+                version=comfy_executors.__version__,
+                graphs=len(self._document.graphs),
+            )
+            try:
+                self._wait_until_ready()
+                self._upload()
+                yield from self._run_batches()
+            except WorkflowCancelledError:
+                raise
+            except ComfyExecutorsError as error:
+                yield self._failure(None, error)
+            except Exception as error:
+                logger.exception("job %s failed in an unforeseen way", self._document.request_id)
+                yield self._failure(None, error)
+            yield self._event(End, **self._counts)
+        finally:
+            self._finish()
+
+    def _claim(self) -> None:
+        ledger = self._engine.ledger
+        self._attempt = ledger.claim(self._document.request_id, lambda: self._inbox.cancelled)
+        with self._submitting:
+            # A cancellation of just now found nothing to release.
+            self._claimed = not self._inbox.cancelled
+        if not self._claimed:
+            ledger.release(self._document.request_id)
+            raise WorkflowCancelledError("the job was cancelled")
+
+    def _event(self, kind: Any, **facts: Any) -> dict[str, Any]:
+        event = kind(self._seq, self._attempt, **facts)
+        self._seq += 1
+        return encode_event(event)
+
+    def _failure(self, batch: int | None, error: BaseException) -> dict[str, Any]:
+        self._counts["errors"] += 1
+        self.sick = self.sick or _sickness(error)
+        if not isinstance(error, ComfyExecutorsError):
+            error = WorkflowError(f"the worker failed: {type(error).__name__}: {error}")
+        return self._event(Failed, batch=batch, error=error)
+
+    # Before the batches.
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + self._engine.ready_timeout
+        while True:
+            left = self._waiter.limit(deadline - time.monotonic())
+            try:
+                self._engine.executor.wait_until_ready(max(0.01, min(_READY_SLICE, left)))
+                return
+            except ServerNotReadyError as error:
+                if left <= _READY_SLICE:
+                    raise ServerNotReadyError(
+                        f"ComfyUI was not ready within {self._engine.ready_timeout:g} s",
+                        self._engine.executor.url,
+                    ) from error
+
+    def _upload(self) -> None:
+        # In every job: it costs nothing on one machine, and no other file can be in the way.
+        for file in self._document.input_images:
+            data = file.data
+            if data is None:
+                data = self._engine.downloader.fetch(file.url or "", file.name, self._waiter)
+            self._client.upload(data, file.name, "", self._waiter)
+
+    # The batches.
+
+    def _run_batches(self) -> Iterator[dict[str, Any]]:
+        waiting = deque(self._document.graphs)
+        while waiting or self._running:
+            # The first alone until ComfyUI has it: of two at once, either could be queued first.
+            room = _IN_FLIGHT if self._is_fed else 1
+            if waiting and len(self._running) < room:
+                yield from self._begin(waiting.popleft())
+                continue
+            batch, step = self._inbox.get()
+            self._is_fed = True
+            if step is not None:
+                yield self._event(Progress, batch=batch, event=step)
+                continue
+            yield from self._settle(batch)
+            if self.sick and (waiting or self._running):
+                raise WorkflowError(f"the rest of the job was given up: {self.sick}")
+
+    def _begin(self, item: JobGraph) -> Iterator[dict[str, Any]]:
+        made = self._recall(item)
+        if made is not None:
+            yield from self._deliver(item, *made)
+            return
+        try:
+            self._submit(item)
+        except WorkflowCancelledError:
+            raise
+        except ComfyExecutorsError as error:
+            yield self._failure(item.batch, error)
+
+    def _submit(self, item: JobGraph) -> None:
+        options = self._document.options
+        template = WorkflowTemplate.from_graph(item.graph)
+        with self._submitting:
+            self._waiter.limit(0)
+            run = self._engine.executor.submit_workflow(
+                template,
+                randomize_seed=False,
+                batch_timeout=options.batch_timeout,
+                include_previews=options.include_previews,
+                allow_partial=options.allow_partial,
+                on_progress=partial(self._inbox.progress, item.batch),
+            )
+            self._running[item.batch] = item, run
+        run.futures[0].add_done_callback(lambda _: self._inbox.settle(item.batch))
+
+    def _settle(self, batch: int) -> Iterator[dict[str, Any]]:
+        with self._submitting:
+            item, run = self._running.pop(batch)
+        (future,) = run.futures
+        error = None if future.cancelled() else future.exception()
+        if error is not None:
+            yield self._failure(batch, error)
+            return
+        result: BatchResult = future.result()
+        outputs = _in_order(result, item.graph)
+        prompt_id, seconds = result.prompt_id, result.seconds
+        del run, future, result  # they hold the bytes that are now given up one by one
+        yield from self._deliver(item, outputs, prompt_id, seconds)
+
+    def _deliver(
+        self,
+        item: JobGraph,
+        outputs: list[WorkflowOutput],
+        prompt_id: str | None,
+        seconds: float,
+    ) -> Iterator[dict[str, Any]]:
+        made: list[MadeOutput] = []
+        outputs.reverse()
+        while outputs:
+            output = outputs.pop()
+            digest = hashlib.sha256(output.data).hexdigest()
+            yield from self._send(item.batch, len(made), output, digest)
+            made.append(
+                MadeOutput(
+                    output.node_id,
+                    output.name,
+                    output.subfolder,
+                    output.type,
+                    output.cached,
+                    digest,
+                )
+            )
+        self._counts["batches"] += 1
+        self._counts["outputs"] += len(made)
+        mark = fingerprint(item, self._document.options)
+        self._engine.ledger.remember(
+            self._document.request_id,
+            item.batch,
+            MadeBatch(mark, tuple(made), prompt_id, seconds),
+        )
+        yield self._event(
+            BatchEnded,
+            batch=item.batch,
+            outputs=len(made),
+            prompt_id=prompt_id,
+            seconds=round(seconds, 3),
+        )
+
+    def _send(
+        self, batch: int, number: int, output: WorkflowOutput, digest: str
+    ) -> Iterator[dict[str, Any]]:
+        data = output.data
+        about = {
+            "batch": batch,
+            "output": number,
+            "node": output.node_id,
+            "name": output.name,
+            "subfolder": output.subfolder,
+            "type": output.type,
+            "cached": output.cached,
+            "size": len(data),
+            "sha256": digest,
+        }
+        url = self._store(batch, number, output.name, data)
+        if url is not None:
+            yield self._event(OutputPart, part=0, parts=1, url=url, **about)
+            return
+        parts = max(1, -(-len(data) // PART_BYTES))
+        for part, content in enumerate(split(data)):
+            yield self._event(OutputPart, part=part, parts=parts, data=content, **about)
+
+    def _store(self, batch: int, number: int, name: str, data: bytes) -> str | None:
+        storage = self._engine.storage
+        if storage is None:
+            return None
+        self._waiter.limit(0)
+        file = f"{batch:05d}_{number:03d}_{safe_name(name, 'output')}"
+        try:
+            return storage.put(f"{self._document.request_id}/{file}", data)
+        except OutputFileError as error:
+            # The picture is made and paid for, and the events can carry it.
+            logger.warning("%s; it is sent in the events instead", error)
+            return None
+
+    # Batches of an earlier attempt.
+
+    def _recall(self, item: JobGraph) -> tuple[list[WorkflowOutput], str | None, float] | None:
+        """Fetch what a batch made in an earlier attempt; None where that is gone or changed."""
+        mark = fingerprint(item, self._document.options)
+        made = self._engine.ledger.recall(self._document.request_id, item.batch, mark)
+        if made is None:
+            return None
+        outputs: list[WorkflowOutput] = []
+        for output in made.outputs:
+            data = self._client.view(output.name, output.subfolder, output.type, self._waiter)
+            if data is None or hashlib.sha256(data).hexdigest() != output.sha256:
+                logger.info("batch %d is run again: %s has changed", item.batch, output.name)
+                return None
+            outputs.append(
+                WorkflowOutput(
+                    data,
+                    name=output.name,
+                    subfolder=output.subfolder,
+                    type=output.type,
+                    node_id=output.node,
+                    cached=output.cached,
+                )
+            )
+        return outputs, made.prompt_id, made.seconds
+
+
+def _in_order(result: BatchResult, graph: Mapping[str, Any]) -> list[WorkflowOutput]:
+    """Order outputs by their nodes' places in the graph, which are the same on every worker."""
+    places = {node: place for place, node in enumerate(graph)}
+    outputs: Sequence[WorkflowOutput] = [*result.images, *result.outputs]
+    return sorted(outputs, key=lambda output: places.get(output.node_id or "", len(places)))
+
+
+def _sickness(error: BaseException) -> str | None:
+    """Tell whether an error means that ComfyUI will fail the next job, too."""
+    if isinstance(error, (ServerUnreachableError, ServerNotReadyError)):
+        return str(error)
+    # After one of these the process's CUDA context is lost for good; out of memory is none.
+    if isinstance(error, NodeExecutionError) and "CUDA error" in error.exception_message:
+        return error.exception_message.splitlines()[0]
+    return None
+
+
+class _JobWaiter:
+    """The waiter of a job's own calls: each gets its time, and a cancellation ends them all."""
+
+    def __init__(self) -> None:
+        self._cancelled = threading.Event()
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+
+    def sleep(self, seconds: float) -> None:
+        self._cancelled.wait(seconds)
+        self.limit(seconds)
+
+    def limit(self, seconds: float) -> float:
+        if self._cancelled.is_set():
+            raise WorkflowCancelledError("the job was cancelled")
+        return seconds

@@ -1,0 +1,143 @@
+"""One factory for each executor class; every case of this folder runs on all of them.
+
+With the environment variable COMFYUI_URL set, the ComfyUI cases use that server instead of the dev
+server. The graphs have core nodes only.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from comfy_executors import (
+    BaseWorkflowExecutor,
+    ComfyServerWorkflowExecutor,
+    DummyWorkflowExecutor,
+    RunPodWorkflowExecutor,
+    WorkflowTemplate,
+)
+from comfy_executors.devserver import DevServer
+
+DEADLINE = 60.0  # seconds; generous, since nothing is meant to come near it
+
+# EmptyImage ignores its seed, which keeps the batches out of the server's cache all the same.
+_GRAPH = """{
+  "1": {"class_type": "EmptyImage", "inputs":
+        {"width": 16, "height": 16, "batch_size": BATCH_SIZE, "color": {{ color }}, "seed": 7}},
+  "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "contract"}}
+}"""
+TEMPLATE = WorkflowTemplate(_GRAPH.replace("BATCH_SIZE", "{{ batch_size }}"))
+SINGLE = WorkflowTemplate(_GRAPH.replace("BATCH_SIZE", "1"))
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An executor class to be tested.
+
+    Args:
+        make: Makes an executor with the given options.
+        requests: Counts what was sent to the service so far; always 0 where nothing is sent.
+        port: The TCP port of the service in this process, or None.
+        secrets: What must never be shown.
+        hands_out_all: Whether a run is one job, so that none of its batches waits for its turn.
+    """
+
+    make: Callable[..., BaseWorkflowExecutor]
+    requests: Callable[[], int] = lambda: 0
+    port: int | None = None
+    secrets: tuple[str, ...] = ()
+    hands_out_all: bool = False
+
+
+def _dummy() -> Iterator[Backend]:
+    yield Backend(lambda **options: DummyWorkflowExecutor(image_size=8, **options))
+
+
+def _comfy_server() -> Iterator[Backend]:
+    url = os.environ.get("COMFYUI_URL")
+    if url:
+        yield Backend(lambda **options: _make_client(url, **options), secrets=("hush-hush",))
+        return
+    with DevServer() as server:
+        yield Backend(
+            lambda **options: _make_client(server.address, **options),
+            requests=lambda: len(server.requests) + server.open_websockets,
+            port=server.port,
+            secrets=("hush-hush",),
+        )
+
+
+def _make_client(address: str, **options: Any) -> BaseWorkflowExecutor:
+    return ComfyServerWorkflowExecutor(address, headers={"X-Api-Key": "hush-hush"}, **options)
+
+
+def _runpod(**settings: Any) -> Iterator[Backend]:
+    """RunPod's stub, the SDK's own worker loop in a process, our handler, the dev server."""
+    pytest.importorskip("runpod", reason="the RunPod SDK from 1.12 on needs Python 3.10")
+    from comfy_executors.testing import RunPodStub, RunPodWorkerProcess
+
+    with DevServer() as server, RunPodStub(api_key="hush-hush") as stub:
+        with RunPodWorkerProcess(stub, server.address):
+            yield Backend(
+                lambda **options: RunPodWorkflowExecutor(
+                    stub.endpoint_id, stub.api_key, stub.url, **settings, **options
+                ),
+                requests=lambda: sum(stub.calls[name] for name in _CLIENT_CALLS),
+                port=int(stub.url.split(":")[2].split("/")[0]),
+                secrets=("hush-hush",),
+                hands_out_all=settings.get("batches_per_job", 1) is None,
+            )
+
+
+_CLIENT_CALLS = ("run", "status", "stream", "cancel", "health")
+FACTORIES: dict[str, Callable[[], Iterator[Backend]]] = {
+    "dummy": _dummy,
+    "comfy_server": _comfy_server,
+    "runpod": partial(_runpod, batches_per_job=None),
+    "runpod_jobs_of_two": partial(_runpod, batches_per_job=2),
+}
+
+
+@pytest.fixture(scope="session", params=sorted(FACTORIES))
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    yield from FACTORIES[request.param]()
+
+
+@pytest.fixture
+def executor(backend: Backend) -> Iterator[BaseWorkflowExecutor]:
+    executor = backend.make(batch_size=8)
+    yield executor
+    executor.close(cancel=True)
+
+
+@pytest.fixture
+def submit(executor: BaseWorkflowExecutor) -> Callable[..., Any]:
+    """Submits the template with a colour; runs are typed Any, as the tests poke at them."""
+
+    def submit(num_samples: int = 1, template: WorkflowTemplate = TEMPLATE, **options: Any) -> Any:
+        if "variables" not in options:
+            options.setdefault("color", 255)
+        return executor.submit_workflow(template, num_samples=num_samples, **options)
+
+    return submit
+
+
+def sockets_to(port: int) -> int:
+    """Count this process' own ends of connections to a port; Linux only."""
+    inodes = set()
+    for fd in Path("/proc/self/fd").iterdir():
+        try:
+            match = re.fullmatch(r"socket:\[(\d+)\]", os.readlink(fd))
+        except FileNotFoundError:  # closed while we look
+            continue
+        if match:
+            inodes.add(match[1])
+    rows = [line.split() for line in Path("/proc/self/net/tcp").read_text().splitlines()[1:]]
+    return sum(row[9] in inodes and int(row[2].split(":")[1], 16) == port for row in rows)

@@ -1,0 +1,529 @@
+"""The handler of a RunPod worker: under the SDK's own loop on the stub, and under its test server."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from runpod_worker import client_of, kill, needs_sdk, sdk_worker, waiter
+from server_kit import ENDLESS, PATIENCE, bench_graph, statuses
+from worker_kit import Answer, bench_document, document, load_graph, node, put_together
+
+from comfy_executors import wire
+from comfy_executors.clients.runpod import RunPodClient
+from comfy_executors.clients.runpod_answers import RunPodStatus
+from comfy_executors.devserver import DevServer
+from comfy_executors.errors import (
+    InputImageError,
+    NodeExecutionError,
+    WorkflowRejectedError,
+)
+from comfy_executors.testing import RunPodStub
+from comfy_executors.workers.runpod_handler import RunPodWorker, _Result, engine_from_environment
+
+HANDLER = Path(__file__).parents[2] / "comfy_executors" / "workers" / "runpod_handler.py"
+START = "from comfy_executors.workers.runpod_handler import main\n\nmain()\n"
+
+
+@pytest.fixture
+def server() -> Iterator[DevServer]:
+    with DevServer() as started:
+        yield started
+
+
+@pytest.fixture
+def stub() -> Iterator[RunPodStub]:
+    with RunPodStub() as started:
+        yield started
+
+
+@pytest.fixture
+def client(stub: RunPodStub) -> Iterator[RunPodClient]:
+    made = client_of(stub)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def worker(
+    stub: RunPodStub, server: DevServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[subprocess.Popen[bytes]]:
+    monkeypatch.setenv("COMFYUI_ADDRESS", server.address)
+    with sdk_worker(stub, START, tmp_path) as process:
+        yield process
+
+
+def submit(client: RunPodClient, request: dict[str, Any]) -> str:
+    job = client.submit(
+        request, execution_timeout=60, ttl=600, waiter=waiter(), request_id=str(uuid.uuid4())
+    )
+    return job.id
+
+
+def drained(client: RunPodClient, job_id: str) -> list[dict[str, Any]]:
+    """Take a job's stream to its end."""
+    chunks: list[dict[str, Any]] = []
+    while True:
+        answer = client.stream(job_id, 5, waiter())
+        chunks += answer.chunks
+        if answer.is_drained:
+            return chunks
+
+
+def run(client: RunPodClient, job: wire.JobDocument) -> tuple[Answer, RunPodStatus]:
+    job_id = submit(client, wire.encode_request(job))
+    answer = put_together(drained(client, job_id), job)
+    return answer, client.status(job_id, waiter())
+
+
+# Under the SDK's own loop.
+
+
+@needs_sdk
+def test_a_job_is_streamed_and_its_result_holds_everything(
+    stub: RunPodStub, server: DevServer, client: RunPodClient, worker: Any
+) -> None:
+    job = bench_document(3, batch_size=2)
+    answer, status = run(client, job)
+    assert sorted(answer.batches) == [0, 1, 2]
+    assert answer.missing == []
+    assert server.node_runs == {"BenchSampler": 3, "SaveImage": 3}
+    assert status.status == "COMPLETED"
+    again = assembled(job, status.output)
+    assert again.keys() == answer.batches.keys()
+    assert [again[index].outputs for index in again] == [
+        answer.batches[index].outputs for index in again
+    ]
+    assert [stub.executions, stub.jobs[0].lost_chunks] == [1, 0]
+
+
+def assembled(job: wire.JobDocument, events: Any) -> dict[int, wire.CompleteBatch]:
+    assembler = wire.Assembler(item.batch for item in job.graphs)
+    news = [item for event in events for item in assembler.add(event)]
+    return {item.batch: item for item in news if isinstance(item, wire.CompleteBatch)}
+
+
+@needs_sdk
+def test_images_and_the_document_are_one_request(
+    server: DevServer, client: RunPodClient, worker: Any
+) -> None:
+    picture = run(client, bench_document(1))[0].batches[0].outputs[0].data
+    files = (wire.InputFile("ab_0000.png", picture),)
+    job = document(load_graph("ab_0000.png"), input_images=files)
+    request = wire.encode_request(job, joined=job.graphs[0].graph)
+    answer = put_together(drained(client, submit(client, request)), job)
+    assert len(answer.batches) == 1
+    assert server.node_runs["LoadImage"] == 1
+
+
+@needs_sdk
+def test_more_than_a_result_may_hold_comes_by_the_stream(
+    stub: RunPodStub, client: RunPodClient, worker: Any
+) -> None:
+    job = bench_document(5, width=1024, height=1024)
+    answer, status = run(client, job)
+    assert sum(output.size for batch in answer.batches.values() for output in batch.outputs) > 12e6
+    assert len(answer.batches) == 5
+    assert stub.jobs[0].lost_chunks == 0
+    assert status.output is not None
+    assert len(json.dumps(status.output)) < 9_500_000
+    assembler = wire.Assembler(range(5))
+    whole = [n for event in status.output for n in assembler.add(event)]
+    assert [type(item) for item in whole].count(wire.CompleteBatch) == 1
+    assert {(item.batch, item.output) for item in assembler.missing()} == {
+        (index, 0) for index in assembler.unsettled
+    }
+
+
+@needs_sdk
+def test_a_chunk_that_the_stream_lost_is_in_the_result(
+    stub: RunPodStub, client: RunPodClient, worker: Any
+) -> None:
+    stub.faults.lose_chunk(0)
+    for number in range(4, 9):
+        stub.faults.lose_chunk(number)
+    job = bench_document(2)
+    job_id = submit(client, wire.encode_request(job))
+    assembler = wire.Assembler([0, 1])
+    news = [n for event in drained(client, job_id) for n in assembler.add(event)]
+    assert assembler.missing()
+    output = client.status(job_id, waiter()).output
+    assert output is not None
+    news += [n for event in output for n in assembler.add(event)]
+    assert assembler.missing() == []
+    assert sorted(n.batch for n in news if isinstance(n, wire.CompleteBatch)) == [0, 1]
+    assert stub.jobs[0].lost_chunks == 6
+
+
+@needs_sdk
+def test_cancelling_empties_the_queue_and_the_next_job_runs(
+    stub: RunPodStub, server: DevServer, client: RunPodClient, worker: Any
+) -> None:
+    job_id = submit(client, wire.encode_request(bench_document(6, ENDLESS, steps=1000)))
+    server.wait_for(lambda s: statuses(s) == {"running": 1, "pending": 1}, PATIENCE)
+    client.cancel(job_id, waiter())
+    server.wait_for(lambda s: not {"running", "pending"} & set(statuses(s)), PATIENCE)
+    answer, status = run(client, bench_document(2))
+    assert len(answer.batches) == 2
+    assert status.status == "COMPLETED"
+    assert statuses(server)["success"] == 2
+    assert len(server.prompts) == 4
+
+
+@needs_sdk
+def test_cancelling_while_a_chunk_is_on_its_way_empties_the_queue_at_once(
+    stub: RunPodStub, server: DevServer, client: RunPodClient, worker: Any
+) -> None:
+    job_id = submit(client, wire.encode_request(bench_document(3, ENDLESS, steps=100_000)))
+    server.wait_for(lambda s: statuses(s) == {"running": 1, "pending": 1}, PATIENCE)
+    stub.faults.delay("POST", "/job-stream/*", 3600.0)
+    seen = stub.jobs[0].chunks
+    stub.wait_for(lambda s: s.jobs[0].chunks >= seen, PATIENCE)
+    client.cancel(job_id, waiter())
+    server.wait_for(lambda s: not {"running", "pending"} & set(statuses(s)), PATIENCE)
+    assert statuses(server)["success"] == 0
+
+
+@needs_sdk
+def test_a_job_that_the_platform_begins_twice_is_executed_once(
+    stub: RunPodStub, server: DevServer, client: RunPodClient, worker: Any
+) -> None:
+    stub.faults.execute_twice()
+    job = bench_document(2)
+    job_id = submit(client, wire.encode_request(job))
+    events = drained(client, job_id)
+    stub.wait_for(lambda s: s.calls["job-done"] == 2, PATIENCE)
+    assert stub.executions == 2
+    assert len(server.prompts) == 2
+    assembler = wire.Assembler([0, 1])
+    news = [n for event in events for n in assembler.add(event)]
+    assert sorted(n.batch for n in news if isinstance(n, wire.CompleteBatch)) == [0, 1]
+
+
+@needs_sdk
+def test_a_sick_comfyui_gets_the_worker_replaced(
+    stub: RunPodStub, server: DevServer, client: RunPodClient, worker: subprocess.Popen[bytes]
+) -> None:
+    graph = bench_graph(fail="CUDA error: an illegal memory access was encountered")
+    answer, status = run(client, document(graph))
+    assert isinstance(answer.failures[0], NodeExecutionError)
+    assert status.status == "COMPLETED"
+    stub.wait_for(lambda s: s.stopped_workers == ["worker-1"], PATIENCE)
+    assert worker.wait(PATIENCE) == 0
+
+
+@needs_sdk
+def test_a_healthy_worker_stays(
+    stub: RunPodStub, client: RunPodClient, worker: subprocess.Popen[bytes]
+) -> None:
+    for _ in range(2):
+        answer, _ = run(client, document(bench_graph(fail="out of luck")))
+        assert list(answer.failures) == [0]
+    assert stub.stopped_workers == []
+    assert worker.poll() is None
+
+
+@needs_sdk
+def test_a_job_that_fails_wholly_is_told_by_its_events(
+    client: RunPodClient, server: DevServer, worker: Any
+) -> None:
+    request = wire.encode_request(bench_document(1))
+    request["comfy_executors"]["version"] = 99
+    job_id = submit(client, request)
+    answer = put_together(drained(client, job_id), bench_document(1))
+    assert isinstance(answer.failures[None], WorkflowRejectedError)
+    assert "version 1, not 99" in str(answer.failures[None])
+    assert client.status(job_id, waiter()).status == "COMPLETED"
+    assert server.prompts == []
+
+
+@needs_sdk
+def test_the_official_workers_input_gets_its_answer(
+    stub: RunPodStub, server: DevServer, client: RunPodClient, worker: Any
+) -> None:
+    job_id = submit(client, {"workflow": bench_graph(batch_size=2)})
+    stub.wait_for(lambda s: s.jobs[0].status == "COMPLETED", PATIENCE)
+    (answer,) = client.status(job_id, waiter()).output
+    assert set(answer) == {"images"}
+    assert [set(image) for image in answer["images"]] == [{"filename", "type", "data"}] * 2
+    assert [base64.b64decode(image["data"]) for image in answer["images"]] == [
+        (server.directory / "output" / image["filename"]).read_bytes() for image in answer["images"]
+    ]
+
+
+@needs_sdk
+def test_the_official_workers_failures_fail_the_job(
+    stub: RunPodStub, client: RunPodClient, worker: Any
+) -> None:
+    requests_ = [
+        {"workflow": bench_graph(fail="out of luck")},
+        {"images": []},
+        {"workflow": bench_graph(), "comfy_org_api_key": "secret"},
+        {"workflow": load_graph("a.png"), "images": [{"name": "../a.png", "image": "AAAA"}]},
+    ]
+    for request in requests_:
+        submit(client, request)
+    stub.wait_for(lambda s: all(job.status == "FAILED" for job in s.jobs), PATIENCE)
+    errors = [job.error for job in stub.jobs]
+    words = ["out of luck", "needs a workflow", "comfy_org_api_key", "without folders"]
+    assert [word in error for word, error in zip(words, errors)] == [True] * 4
+    assert "secret" not in str(errors)
+
+
+# The handler by itself.
+
+
+def handled(worker: RunPodWorker, request: Any) -> list[dict[str, Any]]:
+    async def collect() -> list[dict[str, Any]]:
+        return [item async for item in worker.handle({"id": "job-1", "input": request})]
+
+    return asyncio.run(collect())
+
+
+@pytest.fixture
+def plain_worker(server: DevServer) -> Iterator[RunPodWorker]:
+    made = RunPodWorker({"COMFYUI_ADDRESS": server.address}, {}, shrink_result=False)
+    yield made
+    made.close()
+
+
+HOSTILE: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"version": 2}, WorkflowRejectedError, "version 1, not 2"),
+    ({"graphs": []}, WorkflowRejectedError, "at least one graph"),
+    ({"graphs": [{}]}, WorkflowRejectedError, "each of graphs"),
+    ({"request_id": "../x"}, WorkflowRejectedError, "request_id"),
+    ({"input_images": [{"name": "a/b.png", "data": "AAAA"}]}, InputImageError, "folders"),
+    ({"input_images": [{"name": "a.png", "data": "A!"}]}, InputImageError, "base64"),
+    ({"input_images": [{"name": "a.png"}]}, InputImageError, "neither bytes"),
+]
+
+
+@pytest.mark.parametrize(("changes", "kind", "words"), HOSTILE)
+def test_a_hostile_document_is_refused_before_anything_runs(
+    plain_worker: RunPodWorker, server: DevServer, changes: Any, kind: Any, words: str
+) -> None:
+    raw = {**wire.encode_document(bench_document(1)), **changes}
+    answer = put_together(handled(plain_worker, {"comfy_executors": raw}), bench_document(1))
+    assert isinstance(answer.failures[None], kind)
+    assert words in str(answer.failures[None])
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("images", [7, [7], [{"name": "b.png"}]])
+def test_hostile_images_are_refused(plain_worker: RunPodWorker, images: Any) -> None:
+    files = (wire.InputFile("a.png", b"x"),)
+    request = wire.encode_request(document(bench_graph(), input_images=files))
+    request["images"] = images
+    answer = put_together(handled(plain_worker, request), bench_document(1))
+    assert list(answer.failures) == [None]
+
+
+@pytest.mark.parametrize("request_", [None, 7, [], "x", {}, {"workflow": []}])
+def test_an_input_of_neither_kind_is_an_error(plain_worker: RunPodWorker, request_: Any) -> None:
+    (answer,) = handled(plain_worker, request_)
+    assert set(answer) == {"error"}
+
+
+def test_a_url_to_a_private_address_fails_the_job(
+    plain_worker: RunPodWorker, server: DevServer
+) -> None:
+    files = (wire.InputFile("a.png", url="https://127.0.0.1:9/a.png"),)
+    job = document(bench_graph(), input_images=files)
+    answer = put_together(handled(plain_worker, wire.encode_request(job)), job)
+    assert isinstance(answer.failures[None], InputImageError)
+    assert server.prompts == []
+
+
+def test_a_workflow_without_images_succeeds_as_the_official_one_does(
+    plain_worker: RunPodWorker,
+) -> None:
+    graph = {"1": node("PreviewAny", source="text")}
+    (answer,) = handled(plain_worker, {"workflow": graph})
+    assert answer == {"status": "success_no_images", "images": []}
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"COMFYUI_READY_TIMEOUT": "soon"}, "COMFYUI_READY_TIMEOUT must be seconds"),
+        ({"BUCKET_ENDPOINT_URL": "http://x"}, "BUCKET_ACCESS_KEY_ID"),
+        ({"COMFYUI_ADDRESS": "not an address"}, "not an address"),
+    ],
+)
+def test_a_wrong_setting_is_told_to_who_sent_the_job(
+    environment: dict[str, str], words: str
+) -> None:
+    worker = RunPodWorker(environment, {})
+    job = bench_document(1)
+    answer = put_together(handled(worker, wire.encode_request(job)), job)
+    assert words in str(answer.failures[None])
+    (official,) = handled(worker, {"workflow": bench_graph()})
+    assert words in official["error"]
+
+
+def test_a_comfyui_that_is_gone_asks_for_a_fresh_worker(server: DevServer) -> None:
+    config: dict[str, Any] = {}
+    environment = {"COMFYUI_ADDRESS": server.address, "COMFYUI_READY_TIMEOUT": "0.3"}
+    server.faults.refuse_connections = True
+    worker = RunPodWorker(environment, config)
+    (official,) = handled(worker, {"workflow": bench_graph()})
+    assert "not ready" in official["error"]
+    assert config == {"refresh_worker": True}
+    worker.close()
+
+
+def test_leaving_the_handler_cancels_the_job(plain_worker: RunPodWorker, server: DevServer) -> None:
+    async def leave() -> None:
+        request = wire.encode_request(bench_document(3, ENDLESS, steps=1000))
+        events = plain_worker.handle({"id": "1", "input": request})
+        async for event in events:
+            if event["kind"] == "progress" and event["event"]["kind"] == "started":
+                break
+        await events.aclose()  # type: ignore[attr-defined]
+
+    asyncio.run(leave())
+    server.wait_for(lambda s: not {"running", "pending"} & set(statuses(s)), PATIENCE)
+    assert statuses(server)["success"] == 0
+
+
+def test_the_settings_are_read() -> None:
+    environment = {
+        "COMFYUI_ADDRESS": "comfy:9000",
+        "COMFYUI_READY_TIMEOUT": "7.5",
+        "BUCKET_ENDPOINT_URL": "http://127.0.0.1:9",
+        "BUCKET_ACCESS_KEY_ID": "a",
+        "BUCKET_SECRET_ACCESS_KEY": "b",
+        "BUCKET_NAME": "pictures",
+    }
+    with engine_from_environment(environment) as engine:
+        assert engine.executor.url == "http://comfy:9000"
+        assert engine.ready_timeout == 7.5
+        assert engine.storage is not None
+        assert engine.storage.bucket == "pictures"
+
+
+def test_a_result_stays_small_however_long_the_job() -> None:
+    part = wire.OutputPart(
+        1, 1, 0, 0, 0, 3, "9", "a.png", "", "output", False, 1_500_000, "0" * 64, b"x" * 500_000
+    )
+    step = wire.Progress(0, 1, 0, wire.ProgressStep("step", "3", "KSampler", 1, 20))
+    ends = wire.BatchEnded(9, 1, 0, 1, str(uuid.uuid4()), 1.5)
+    result, kept = _Result(), []
+    for _ in range(8000):
+        for event in (step, part, wire.OutputPart(**{**vars(part), "part": 1}), ends):
+            raw = wire.encode_event(event)
+            result.shrink(raw)
+            kept.append(raw)
+    last = wire.encode_event(wire.End(9, 1, 8000, 8000, 0))
+    result.shrink(last)
+    assert last["kind"] == "end"
+    assert 6_000_000 < len(json.dumps([*kept, last])) < 10_000_000
+    assert sum("data" in event for event in kept) == 8
+
+
+# Under the SDK's test server.
+
+
+@contextlib.contextmanager
+def api_server(server: DevServer) -> Iterator[str]:
+    """Run the handler's file as the SDK's documents say, on a free port."""
+    process = subprocess.Popen(
+        [sys.executable, str(HANDLER), "--rp_serve_api", "--rp_api_port", "0"],
+        env={**os.environ, "COMFYUI_ADDRESS": server.address, "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    addresses = (re.search(rb"running on (http://[^ ]+)", line) for line in process.stdout)
+    reader = None
+    try:
+        address = next(found.group(1).decode() for found in addresses if found)
+        # A pipe that nobody reads would stop the server.
+        reader = threading.Thread(target=process.stdout.read)
+        reader.start()
+        yield address
+    finally:
+        kill(process)
+        if reader is not None:
+            reader.join()
+        process.stdout.close()
+
+
+@pytest.fixture
+def api(server: DevServer) -> Iterator[str]:
+    with api_server(server) as address:
+        yield address
+
+
+def post(api: str, path: str, request: dict[str, Any] | None = None) -> Any:
+    body = None if request is None else {"input": request}
+    return requests.post(f"{api}{path}", json=body, timeout=PATIENCE).json()
+
+
+@needs_sdk
+def test_the_test_server_answers_with_all_events(api: str, server: DevServer) -> None:
+    job = bench_document(3, width=1024, height=1024)
+    answer = post(api, "/runsync", wire.encode_request(job))
+    assert answer["status"] == "COMPLETED"
+    together = put_together(answer["output"], job)
+    assert sorted(together.batches) == [0, 1, 2]
+    assert sum(batch.outputs[0].size for batch in together.batches.values()) > 9_000_000
+    assert server.node_runs["BenchSampler"] == 3
+
+
+@needs_sdk
+def test_the_test_server_streams_at_the_end(api: str) -> None:
+    job = document(bench_graph(), bench_graph(seed=2, fail="out of luck"))
+    job_id = post(api, "/run", wire.encode_request(job))["id"]
+    answer = post(api, f"/stream/{job_id}")
+    together = put_together([chunk["output"] for chunk in answer["stream"]], job)
+    assert list(together.batches) == [0]
+    assert isinstance(together.failures[1], NodeExecutionError)
+
+
+@needs_sdk
+def test_the_test_server_that_runs_a_job_twice_executes_it_once(
+    api: str, server: DevServer
+) -> None:
+    job = bench_document(2, 0.3)
+    job_id = post(api, "/run", wire.encode_request(job))["id"]
+    with ThreadPoolExecutor(2) as pool:
+        paths = [f"/status/{job_id}", f"/stream/{job_id}"]
+        first, second = pool.map(lambda path: post(api, path), paths)
+    assert [first["status"], second["status"]] == ["COMPLETED"] * 2
+    found = [first["output"], [chunk["output"] for chunk in second["stream"]]]
+    assert [len(put_together(events, job).batches) for events in found] == [2, 2]
+    assert len(server.prompts) == 2
+
+
+@needs_sdk
+def test_the_test_server_answers_the_official_input(api: str) -> None:
+    (answer,) = post(api, "/runsync", {"workflow": bench_graph()})["output"]
+    assert [image["type"] for image in answer["images"]] == ["base64"]
+    (failed,) = post(api, "/runsync", {"workflow": bench_graph(fail="out of luck")})["output"]
+    assert "out of luck" in failed["error"]
+
+
+@needs_sdk
+def test_the_test_server_refuses_hostile_documents(api: str, server: DevServer) -> None:
+    for changes, kind, _ in HOSTILE:
+        raw = {**wire.encode_document(bench_document(1)), **changes}
+        answer = post(api, "/runsync", {"comfy_executors": raw})
+        failures = put_together(answer["output"], bench_document(1)).failures
+        assert [type(error) for error in failures.values()] == [kind]
+    assert server.requests == []
