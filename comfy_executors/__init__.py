@@ -1,5 +1,10 @@
 """Run ComfyUI workflow templates from blocking Python code."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from comfy_executors import executors
 from comfy_executors.errors import (
     AuthenticationError,
     ComfyExecutorsError,
@@ -45,10 +50,15 @@ from comfy_executors.errors import (
 from comfy_executors.executors.base import BaseWorkflowExecutor
 from comfy_executors.executors.comfy_server import ComfyServerWorkflowExecutor
 from comfy_executors.executors.dummy import DummyWorkflowExecutor
-from comfy_executors.executors.runpod import RunpodComfyWorkflowExecutor, RunPodWorkflowExecutor
 from comfy_executors.images import InputImage, WorkflowOutput, WorkflowOutputImage
 from comfy_executors.runs import Batch, BatchResult, ProgressEvent, WorkflowRun
 from comfy_executors.workflows import WorkflowTemplate
+
+if TYPE_CHECKING:
+    from comfy_executors.executors.runpod import (
+        RunpodComfyWorkflowExecutor,
+        RunPodWorkflowExecutor,
+    )
 
 __version__ = "0.2.0"
 
@@ -108,3 +118,9 @@ __all__ = [
     "WorkflowTimeoutError",
     "__version__",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in executors.LATE:
+        return getattr(executors, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -96,9 +96,7 @@ class MissingExtraError(ComfyExecutorsError, ImportError):
     def __init__(self, package: str, extra: str) -> None:
         self.package = package
         self.extra = extra
-        super().__init__(
-            f"{package} is not installed: run pip install 'comfy-executors[{extra}]'"
-        )
+        super().__init__(f"{package} is not installed: run pip install 'comfy-executors[{extra}]'")
 
 
 class ExecutorClosedError(ComfyExecutorsError, RuntimeError):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import NamedTuple, NoReturn, Protocol
 
 from comfy_executors.errors import (
     ResultsTakenError,
@@ -57,12 +57,15 @@ class Job:
         input_images: The images that their graphs refer to, or None.
         include_previews: Whether outputs of type `temp` are wanted too.
         allow_partial: Whether a graph of which the server refuses some outputs may run.
+        output_dir: Where a backend may save an output as soon as it has it, so that only one is
+            in memory; what it does not save, the base saves when the batch is complete.
     """
 
     batches: Sequence[Batch]
     input_images: InputImageSet | None = None
     include_previews: bool = False
     allow_partial: bool = False
+    output_dir: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -141,8 +144,7 @@ class Cancellable(Protocol):
     def cancel(self, reason: str) -> None: ...
 
 
-@dataclass(frozen=True)
-class RunOptions:
+class RunOptions(NamedTuple):
     """How a run is worked on and handed out; see `BaseWorkflowExecutor.submit_workflow`."""
 
     ordered: bool = False
@@ -225,11 +227,15 @@ class WorkflowRun:
                     raise self._raised
                 if self._taken == len(self.batches):
                     raise StopIteration
+                # Jobs of several batches wait for each result to be taken, too.
+                wanted = self._room() <= 0 or self._job_size > 1
                 if not self._take():
                     self._changed.wait()
                     continue
                 failed = self._raised is not None
-            self._on_room()
+            if wanted:
+                # Otherwise no thread waits for room, and waking them all the same is dear.
+                self._on_room()
             if failed:
                 self._stop(WorkflowCancelledError, _FAILED)
             self._warn_if_no_images()
@@ -451,6 +457,11 @@ class WorkflowRun:
         self._changed.notify_all()
 
     # Inside, for the executor's side.
+
+    def _running(self) -> list[Cancellable]:
+        """Return what works on the run's batches at present."""
+        with self._changed:
+            return list(self._active.values())
 
     def _is_done(self) -> bool:
         """Tell whether every batch has ended; the lock is held."""

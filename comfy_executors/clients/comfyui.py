@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from comfy_executors.clients.http import Answer, HttpClient, Waiter
@@ -27,11 +27,11 @@ DEFAULT_PORT = 8188
 # lost answer this is the only way to find the prompt again.
 MARK = "comfy_executors_id"
 _NEAREST = 3
+_ALIKE = 0.5
 _SHOWN_VALUE = 120
 
 
-@dataclass(frozen=True)
-class QueuedPrompt:
+class QueuedPrompt(NamedTuple):
     """The answer to a posted prompt.
 
     Args:
@@ -43,17 +43,15 @@ class QueuedPrompt:
     rejection: WorkflowRejectedError | None = None
 
 
-@dataclass(frozen=True)
-class Queue:
+class Queue(NamedTuple):
     """Who waits and who runs, as prompt ids; `marks` maps our marks to ids."""
 
     running: frozenset[str]
     pending: frozenset[str]
-    marks: Mapping[str, str] = field(default_factory=dict)
+    marks: Mapping[str, str]
 
 
-@dataclass(frozen=True)
-class HistoryEntry:
+class HistoryEntry(NamedTuple):
     """A finished prompt.
 
     Args:
@@ -167,6 +165,10 @@ class ComfyUIClient:
             found = (key for key, entry in body.items() if _mark(entry.get("prompt")) == mark)
             return next(found, None)
 
+    def delete(self, prompt_ids: Iterable[str], waiter: Waiter) -> None:
+        """Take prompts out of the queue; one that runs, or is unknown, stays as it is."""
+        self.http.call("POST", "/queue", waiter, json={"delete": sorted(prompt_ids)})
+
     def cancel(self, prompt_id: str, waiter: Waiter) -> None:
         """Take a prompt out of the queue, or interrupt it; never another one.
 
@@ -179,7 +181,7 @@ class ComfyUIClient:
             return
         # A prompt whose post had no answer may have an id that we do not know.
         prompt_id = self.queue(waiter).marks.get(prompt_id, prompt_id)
-        self.http.call("POST", "/queue", waiter, json={"delete": [prompt_id]})
+        self.delete([prompt_id], waiter)
         if prompt_id in self.queue(waiter).running:
             self.http.call("POST", "/interrupt", waiter, json={"prompt_id": prompt_id})
 
@@ -341,10 +343,24 @@ def choices(config: Any) -> list[str] | None:
 
 
 def nearest_names(name: str, names: Iterable[str]) -> tuple[str, ...]:
-    """Return the names most like a given one, best first, at most three."""
-    by_fold = {candidate.lower(): candidate for candidate in names}
-    close = difflib.get_close_matches(name.lower(), by_fold, n=_NEAREST, cutoff=0.4)
-    return tuple(by_fold[fold] for fold in close)
+    """Return the names most like a given one, best first, at most three.
+
+    Folders and endings do not count: all model files end alike.
+    """
+    wanted = _stem(name)
+    likeness = {candidate: _likeness(wanted, _stem(candidate)) for candidate in names}
+    close = [candidate for candidate, like in likeness.items() if like >= _ALIKE]
+    return tuple(sorted(close, key=lambda candidate: -likeness[candidate])[:_NEAREST])
+
+
+def _stem(name: str) -> str:
+    return os.path.splitext(re.split(r"[\\/]", name)[-1])[0].lower()
+
+
+def _likeness(wanted: str, candidate: str) -> float:
+    like = difflib.SequenceMatcher(None, wanted, candidate).ratio()
+    contained = len(wanted) > 2 and (wanted in candidate or candidate in wanted)
+    return max(like, _ALIKE) if contained and candidate else like
 
 
 def _shown(value: Any) -> str:

@@ -20,8 +20,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import websocket
 from requests.utils import DEFAULT_CA_BUNDLE_PATH
@@ -38,6 +37,7 @@ from comfy_executors.clients.http import CONNECT_SECONDS, HttpClient
 logger = logging.getLogger(__name__)
 
 _TICK_SECONDS = 5.0
+_READ_BYTES = 65536
 _WAKE_SECONDS = 0.1
 _EARLY_EVENTS, _EARLY_IMAGES = 1000, 16  # images can be large
 _PING_SECONDS = 20.0  # proxies cut websockets that are idle for 60 to 100 s
@@ -46,6 +46,26 @@ _LONGEST_BACKOFF = 10.0
 _FEATURES = json.dumps({"type": "feature_flags", "data": {"supports_preview_metadata": True}})
 
 Sink = Callable[[Event], None]
+
+
+class _BufferedWebSocket(websocket.WebSocket):
+    """Reads what has arrived at once, instead of each frame in three pieces.
+
+    A prompt has twenty frames or more, and with each read the other threads take the
+    interpreter's lock.
+    """
+
+    _arrived = b""
+    _position = 0
+
+    def _recv(self, bufsize: int) -> bytes:
+        if self._position == len(self._arrived):
+            self._arrived = super()._recv(_READ_BYTES)  # type: ignore[no-untyped-call]
+            self._position = 0
+        start, self._position = self._position, self._position + bufsize
+        data = self._arrived[start : self._position]
+        self._position = start + len(data)
+        return data
 
 
 class EventStream:
@@ -203,7 +223,7 @@ class EventStream:
     def _serve(self, failures: int) -> bool:
         """Connect and read until the connection ends; tell whether there was one."""
         client_id = uuid.uuid4().hex
-        connection = websocket.WebSocket(
+        connection = _BufferedWebSocket(
             sslopt=_tls_options(self._http.verify),
             # In pure Python it costs more than all the rest; JSON checks the encoding anyway.
             skip_utf8_validation=True,
@@ -331,8 +351,7 @@ def _is_wanted(event: PromptEvent | ImageEvent, image_nodes: frozenset[str]) -> 
     return isinstance(event, PromptEvent) or event.node_id in image_nodes
 
 
-@dataclass(frozen=True)
-class _Subscription:
+class _Subscription(NamedTuple):
     client_id: str
     sink: Sink
     image_nodes: frozenset[str]

@@ -6,8 +6,7 @@ import json
 import logging
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any, NamedTuple, Union
 
 logger = logging.getLogger(__name__)
 
@@ -19,8 +18,7 @@ _SUFFIXES = {1: ".jpg", 2: ".png"}
 _NOT_UNDERSTOOD = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
 
-@dataclass(frozen=True)
-class PromptEvent:
+class PromptEvent(NamedTuple):
     """A message about a prompt: its type and data as the server sent them."""
 
     type: str
@@ -28,8 +26,7 @@ class PromptEvent:
     data: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class ImageEvent:
+class ImageEvent(NamedTuple):
     """An image that came over the websocket: a preview, or the output of a websocket node."""
 
     prompt_id: str
@@ -38,8 +35,7 @@ class ImageEvent:
     data: bytes
 
 
-@dataclass(frozen=True)
-class ConnectionLost:
+class ConnectionLost(NamedTuple):
     """No more events come for the prompts that were posted under this client id."""
 
     client_id: str

@@ -10,8 +10,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, Union, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, Union, cast
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import requests
@@ -73,8 +72,7 @@ class DeadlineWaiter:
         return min(seconds, left)
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """A whole answer.
 
     Args:
@@ -319,10 +317,14 @@ class HttpClient:
     def _unreachable(self, error: requests.RequestException) -> ServerError:
         server = self.base_url
         if isinstance(error, requests.exceptions.SSLError) and not _was_cut_off(error):
+            speaks_http = "WRONG_VERSION_NUMBER" in str(error)
+            hint = (
+                "it speaks http, not https"
+                if speaks_http
+                else "pass verify= with the path of the CA that signed its certificate"
+            )
             return ServerUnreachableError(
-                f"{server}: TLS failed: {_root_cause(error)}; pass verify= with the path of the "
-                "CA that signed its certificate",
-                server=server,
+                f"{server}: TLS failed: {_root_cause(error)}; {hint}", server=server
             )
         if isinstance(error, requests.exceptions.ReadTimeout):
             message = f"{server} did not answer in time"
@@ -348,8 +350,9 @@ class HttpClient:
             return ServerResponseError(
                 f"{server} redirects {what} to {target}: use that address", server, status
             )
+        hint = "; check the address and its path" if status == 404 else ""
         return ServerResponseError(
-            f"{server} answers {what} with {status}: {_excerpt(answer)}",
+            f"{server} answers {what} with {status}: {_excerpt(answer)}{hint}",
             server,
             status,
             transient=status in _TRANSIENT,

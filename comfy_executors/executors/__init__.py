@@ -1,11 +1,20 @@
 """The executors: each runs workflow templates somewhere, and all take the same calls."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from comfy_executors.errors import WorkflowError
 from comfy_executors.executors.base import BaseWorkflowExecutor
 from comfy_executors.executors.comfy_server import ComfyServerWorkflowExecutor
 from comfy_executors.executors.dummy import DummyWorkflowExecutor
-from comfy_executors.executors.runpod import RunpodComfyWorkflowExecutor, RunPodWorkflowExecutor
 from comfy_executors.images import WorkflowOutputImage
+
+if TYPE_CHECKING:
+    from comfy_executors.executors.runpod import (
+        RunpodComfyWorkflowExecutor,
+        RunPodWorkflowExecutor,
+    )
 
 __all__ = [
     "BaseWorkflowExecutor",
@@ -16,3 +25,14 @@ __all__ = [
     "WorkflowError",
     "WorkflowOutputImage",
 ]
+
+# What runs on RunPod is half of the package, and is imported by those who use it.
+LATE = {"RunPodWorkflowExecutor", "RunpodComfyWorkflowExecutor"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in LATE:
+        from comfy_executors.executors import runpod
+
+        return getattr(runpod, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -224,7 +224,7 @@ class BaseWorkflowExecutor(abc.ABC):
             on_progress=on_progress,
             output_dir=None if output_dir is None else _make_folder(output_dir),
         )
-        job = Job((), images, include_previews, allow_partial)
+        job = Job((), images, include_previews, allow_partial, options.output_dir)
         return self._start(plan.batches, job, options)
 
     async def submit_workflow_async(
@@ -517,7 +517,8 @@ class BaseWorkflowExecutor(abc.ABC):
         batch = pending[result.index]
         if run.options.output_dir is not None:
             for output in (*result.images, *result.outputs):
-                output._save_and_release(run.options.output_dir)
+                if output.path is None:
+                    output._save_and_release(run.options.output_dir)
         seconds = time.monotonic() - started
         result = replace(result, seconds=seconds, attempts=control.attempt)
         control.progress(

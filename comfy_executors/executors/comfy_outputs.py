@@ -118,7 +118,15 @@ class OutputCollector:
             server=self._server,
             cached=node in self.cached,
         )
+        if self._job.output_dir is not None:
+            output._save_and_release(self._job.output_dir)
         if isinstance(output, WorkflowOutputImage):
             self.images.append(output)
         else:
             self.outputs.append(output)
+
+    def discard(self) -> None:
+        """Remove what was saved, because the batch fails or is run again."""
+        for output in (*self.images, *self.outputs):
+            if output.path is not None:
+                output.path.unlink(missing_ok=True)

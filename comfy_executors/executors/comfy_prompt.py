@@ -41,6 +41,7 @@ _FIRST_POLL, _LONGEST_POLL = 0.25, 2.0  # seconds between look-ups without a web
 _LOST_AFTER = 1.0  # seconds between the two look-ups that make a prompt a lost one
 _LATE_HISTORY = 15.0  # seconds that the history may lag behind the events
 _CANCEL_SECONDS = 10.0
+_STEPS = {"execution_start", "execution_cached", "progress"}
 _ENDINGS = {"execution_success", "execution_error", "execution_interrupted"}
 
 
@@ -93,12 +94,14 @@ class ComfyPrompt:
         try:
             self._post()
             self._follow()
+            return self._result()
         except BaseException:
             self._cancel()
+            self._made.discard()
             raise
         finally:
+            self._control.prompt_id = None
             self._events.unsubscribe(self._id)
-        return self._result()
 
     def _connect(self) -> str:
         attempt = self._events.connect()
@@ -129,6 +132,7 @@ class ComfyPrompt:
         self._control.progress(ProgressEvent("queued", self._batch.index))
 
     def _subscribe(self) -> None:
+        self._control.prompt_id = self._id
         self._events.subscribe(self._id, self._client_id, self._hear, self._websocket_nodes)
 
     def _post_once(self) -> QueuedPrompt:
@@ -170,9 +174,16 @@ class ComfyPrompt:
         # A waiter of its own: the job's has passed its deadline or was cancelled.
         waiter = DeadlineWaiter(_CANCEL_SECONDS)
         try:
-            self._client.http.retry(lambda: self._client.cancel(self._id, waiter), waiter)
+            self._client.http.retry(lambda: self._take_off(waiter), waiter)
         except (ServerError, WaitTimeoutError) as error:
             logger.warning("prompt %s on %s may run on: %s", self._id, self._server, error)
+
+    def _take_off(self, waiter: DeadlineWaiter) -> None:
+        # When the whole run stops, what waits goes first: interrupting what runs would start it.
+        run = {mate.prompt_id for mate in self._control.mates() if mate.prompt_id is not None}
+        if len(run) > 1:
+            self._client.delete(run, waiter)
+        self._client.cancel(self._id, waiter)
 
     # Following.
 
@@ -182,7 +193,8 @@ class ComfyPrompt:
             # At once, and not after the downloads that lie before it in the mailbox: the server
             # is free for the next prompt.
             self._control.end()
-        self._control.post(event)
+        # Waking a thread for each step would cost more than all else that is done here.
+        self._control.post(event, wake=not _is_step(event))
 
     def _concerns(self, event: Event) -> bool:
         # The mailbox is the job's: it can hold mail to the prompt before.
@@ -277,10 +289,15 @@ class ComfyPrompt:
             raise execution_error(event.data, self._graph, self._server)
         if event.type == "execution_interrupted":
             raise interruption(event.data, self._server)
-        # Old servers do not report the outputs of cached nodes; they are in the history.
-        silent = set(output_nodes(self._graph)) - self._made.reported - self._websocket_nodes
-        if self._missed_events or silent:
+        if self._missed_events:
             self._settle(self._late_history())
+            return
+        # Old servers do not report the outputs of cached nodes; they are in the history. A node
+        # that reports nothing may also just be one that makes nothing.
+        if set(output_nodes(self._graph)) - self._made.reported - self._websocket_nodes:
+            entry = self._client.history(self._id, self._graph, self._control)
+            if entry is not None:
+                self._settle(entry)
 
     def _late_history(self) -> HistoryEntry:
         """Read the history of a prompt that has ended; the entry can come after the events."""
@@ -330,3 +347,11 @@ class ComfyPrompt:
 
     def _lost(self, message: str) -> PromptLostError:
         return PromptLostError(message, prompt_id=self._id, server=self._server)
+
+
+def _is_step(event: Event) -> bool:
+    """Tell whether an event only says how far a prompt has come."""
+    if not isinstance(event, PromptEvent):
+        return False
+    has_node = event.type == "executing" and event.data.get("node") is not None
+    return has_node or event.type in _STEPS

@@ -29,7 +29,13 @@ class JobControl:
         self._deadline = run.deadline
         self._limit = f"the run's timeout of {run.options.timeout} s"
         self._has_place = True
+        # Whether it matters at once how far execution has come.
+        self._is_watched = (
+            run.options.on_progress is not None or run.options.batch_timeout is not None
+        )
         self.attempt = 0
+        # What the job has on its server at present, for those that stop the whole run.
+        self.prompt_id: str | None = None
         # Our own id of the job, the same in all its attempts.
         self.job_id = str(uuid.uuid4())
         self.batch_timeout = run.options.batch_timeout
@@ -53,11 +59,12 @@ class JobControl:
             self._cancel_reason = reason
             self._changed.notify_all()
 
-    def post(self, item: Any) -> None:
+    def post(self, item: Any, *, wake: bool = True) -> None:
         """Put something into the job's mailbox; any thread may."""
         with self._changed:
             self._mail.append(item)
-            self._changed.notify_all()
+            if wake or self._is_watched:
+                self._changed.notify_all()
 
     @property
     def holds_place(self) -> bool:
@@ -90,6 +97,17 @@ class JobControl:
                 if left <= 0:
                     return None
                 self._changed.wait(self._cap(left))
+
+    def mates(self) -> list[JobControl]:
+        """Return the controls of all jobs of this run, if the whole run is to stop.
+
+        While one job's batch timeout passes, the others go on, and the answer is empty.
+        """
+        over = self._run.deadline is not None and time.monotonic() >= self._run.deadline
+        with self._changed:
+            if self._cancel_reason is None and not over:
+                return []
+        return [control for control in self._run._running() if isinstance(control, JobControl)]
 
     def sleep(self, seconds: float) -> None:
         """Wait, for a backoff; mail stays in the mailbox. Raises as `receive` does."""

@@ -20,6 +20,7 @@ _DEFAULT_NAME = "ComfyUI"
 # What is left of an image in PNG, and four characters of base64 for three bytes.
 _BYTES_PER_PIXEL = 3 * 0.7 * 4 / 3
 _DEFAULT_PIXELS = 1024 * 1024
+_SAVES = re.compile(r"save|write|export|output|combine|video|websocket", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,13 @@ def join(items: Sequence[JobGraph], tag: str) -> JoinedGraph:
 
 
 def can_be_joined(graph: Graph) -> bool:
-    """Tell whether all files that a graph makes can be told apart by their names."""
+    """Tell whether all files that a graph makes can be told apart by their names.
+
+    Which nodes save files only the server knows: here it is guessed by their class's name, so that
+    a node whose output nobody uses does not count.
+    """
     return all(
-        _PREFIX_INPUT in graph[node_id]["inputs"]
-        or graph[node_id]["class_type"].startswith("Preview")
+        _PREFIX_INPUT in graph[node_id]["inputs"] or not _SAVES.search(graph[node_id]["class_type"])
         for node_id in output_nodes(graph)
     )
 

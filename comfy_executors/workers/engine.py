@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -27,7 +27,7 @@ from comfy_executors.errors import (
 )
 from comfy_executors.executors.comfy_server import ComfyServerWorkflowExecutor
 from comfy_executors.images import WorkflowOutput
-from comfy_executors.runs import BatchResult, WorkflowRun
+from comfy_executors.runs import WorkflowRun
 from comfy_executors.saving import safe_name
 from comfy_executors.wire import (
     BatchEnded,
@@ -41,10 +41,10 @@ from comfy_executors.wire import (
     encode_event,
     split,
 )
-from comfy_executors.wire.events import PART_BYTES
 from comfy_executors.workers.downloads import InputDownloader
 from comfy_executors.workers.inbox import Inbox
 from comfy_executors.workers.ledger import Ledger, MadeBatch, MadeOutput, fingerprint
+from comfy_executors.workers.outputs import FinishedBatch, JobWaiter, fetch_again
 from comfy_executors.workers.storage import S3Storage
 from comfy_executors.workflows import WorkflowTemplate
 
@@ -123,7 +123,7 @@ class Execution:
         self._document = document
         self._client = ComfyUIClient(engine.http)
         self._inbox = Inbox()
-        self._waiter = _JobWaiter()
+        self._waiter = JobWaiter()
         self._running: dict[int, tuple[JobGraph, WorkflowRun]] = {}
         self._submitting = threading.Lock()
         self._is_fed = False
@@ -255,9 +255,11 @@ class Execution:
                 raise WorkflowError(f"the rest of the job was given up: {self.sick}")
 
     def _begin(self, item: JobGraph) -> Iterator[dict[str, Any]]:
-        made = self._recall(item)
-        if made is not None:
-            yield from self._deliver(item, *made)
+        mark = fingerprint(item, self._document.options)
+        made = self._engine.ledger.recall(self._document.request_id, item.batch, mark)
+        finished = fetch_again(made, self._client, self._waiter) if made else None
+        if finished is not None:
+            yield from self._deliver(item, finished)
             return
         try:
             self._submit(item)
@@ -290,49 +292,28 @@ class Execution:
         if error is not None:
             yield self._failure(batch, error)
             return
-        result: BatchResult = future.result()
-        outputs = _in_order(result, item.graph)
-        prompt_id, seconds = result.prompt_id, result.seconds
-        del run, future, result  # they hold the bytes that are now given up one by one
-        yield from self._deliver(item, outputs, prompt_id, seconds)
+        finished = FinishedBatch.of(future.result(), item.graph)
+        del run, future  # they hold the bytes that are now given up one by one
+        yield from self._deliver(item, finished)
 
-    def _deliver(
-        self,
-        item: JobGraph,
-        outputs: list[WorkflowOutput],
-        prompt_id: str | None,
-        seconds: float,
-    ) -> Iterator[dict[str, Any]]:
+    def _deliver(self, item: JobGraph, finished: FinishedBatch) -> Iterator[dict[str, Any]]:
         made: list[MadeOutput] = []
-        outputs.reverse()
-        while outputs:
-            output = outputs.pop()
+        while finished.outputs:
+            output = finished.outputs.popleft()
             digest = hashlib.sha256(output.data).hexdigest()
             yield from self._send(item.batch, len(made), output, digest)
-            made.append(
-                MadeOutput(
-                    output.node_id,
-                    output.name,
-                    output.subfolder,
-                    output.type,
-                    output.cached,
-                    digest,
-                )
-            )
+            made.append(MadeOutput.of(output, digest))
         self._counts["batches"] += 1
         self._counts["outputs"] += len(made)
         mark = fingerprint(item, self._document.options)
-        self._engine.ledger.remember(
-            self._document.request_id,
-            item.batch,
-            MadeBatch(mark, tuple(made), prompt_id, seconds),
-        )
+        record = MadeBatch(mark, tuple(made), finished.prompt_id, finished.seconds)
+        self._engine.ledger.remember(self._document.request_id, item.batch, record)
         yield self._event(
             BatchEnded,
             batch=item.batch,
             outputs=len(made),
-            prompt_id=prompt_id,
-            seconds=round(seconds, 3),
+            prompt_id=finished.prompt_id,
+            seconds=round(finished.seconds, 3),
         )
 
     def _send(
@@ -354,9 +335,9 @@ class Execution:
         if url is not None:
             yield self._event(OutputPart, part=0, parts=1, url=url, **about)
             return
-        parts = max(1, -(-len(data) // PART_BYTES))
-        for part, content in enumerate(split(data)):
-            yield self._event(OutputPart, part=part, parts=parts, data=content, **about)
+        contents = list(split(data))
+        for part, content in enumerate(contents):
+            yield self._event(OutputPart, part=part, parts=len(contents), data=content, **about)
 
     def _store(self, batch: int, number: int, name: str, data: bytes) -> str | None:
         storage = self._engine.storage
@@ -371,39 +352,6 @@ class Execution:
             logger.warning("%s; it is sent in the events instead", error)
             return None
 
-    # Batches of an earlier attempt.
-
-    def _recall(self, item: JobGraph) -> tuple[list[WorkflowOutput], str | None, float] | None:
-        """Fetch what a batch made in an earlier attempt; None where that is gone or changed."""
-        mark = fingerprint(item, self._document.options)
-        made = self._engine.ledger.recall(self._document.request_id, item.batch, mark)
-        if made is None:
-            return None
-        outputs: list[WorkflowOutput] = []
-        for output in made.outputs:
-            data = self._client.view(output.name, output.subfolder, output.type, self._waiter)
-            if data is None or hashlib.sha256(data).hexdigest() != output.sha256:
-                logger.info("batch %d is run again: %s has changed", item.batch, output.name)
-                return None
-            outputs.append(
-                WorkflowOutput(
-                    data,
-                    name=output.name,
-                    subfolder=output.subfolder,
-                    type=output.type,
-                    node_id=output.node,
-                    cached=output.cached,
-                )
-            )
-        return outputs, made.prompt_id, made.seconds
-
-
-def _in_order(result: BatchResult, graph: Mapping[str, Any]) -> list[WorkflowOutput]:
-    """Order outputs by their nodes' places in the graph, which are the same on every worker."""
-    places = {node: place for place, node in enumerate(graph)}
-    outputs: Sequence[WorkflowOutput] = [*result.images, *result.outputs]
-    return sorted(outputs, key=lambda output: places.get(output.node_id or "", len(places)))
-
 
 def _sickness(error: BaseException) -> str | None:
     """Tell whether an error means that ComfyUI will fail the next job, too."""
@@ -413,22 +361,3 @@ def _sickness(error: BaseException) -> str | None:
     if isinstance(error, NodeExecutionError) and "CUDA error" in error.exception_message:
         return error.exception_message.splitlines()[0]
     return None
-
-
-class _JobWaiter:
-    """The waiter of a job's own calls: each gets its time, and a cancellation ends them all."""
-
-    def __init__(self) -> None:
-        self._cancelled = threading.Event()
-
-    def cancel(self) -> None:
-        self._cancelled.set()
-
-    def sleep(self, seconds: float) -> None:
-        self._cancelled.wait(seconds)
-        self.limit(seconds)
-
-    def limit(self, seconds: float) -> float:
-        if self._cancelled.is_set():
-            raise WorkflowCancelledError("the job was cancelled")
-        return seconds

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from comfy_executors.errors import WorkflowCancelledError
+from comfy_executors.images import WorkflowOutput
 from comfy_executors.wire import JobGraph, JobOptions
 
 _MAX_JOBS = 32
@@ -31,8 +32,16 @@ class MadeOutput:
     cached: bool
     sha256: str
 
+    @classmethod
+    def of(cls, output: WorkflowOutput, sha256: str) -> MadeOutput:
+        """Take down an output that was delivered."""
+        return cls(
+            output.node_id, output.name, output.subfolder, output.type, output.cached, sha256
+        )
+
     @property
     def can_be_fetched(self) -> bool:
+        """Whether ComfyUI still has it, as far as we know."""
         return self.type in _KEPT_TYPES
 
 

@@ -27,19 +27,23 @@ from comfy_executors.wire import (
 from comfy_executors.workers.engine import Execution
 
 
-def official_document(request: Mapping[str, Any]) -> JobDocument:
+def official_document(request: Any) -> JobDocument:
     """Make a job document of one batch of `{"workflow": …, "images": [{"name", "image"}]}`.
 
     Raises:
         WorkflowRejectedError: There is no workflow, or something that this worker cannot do.
         InputImageError: An input image is wrong.
     """
-    graph = request.get("workflow")
+    if not isinstance(request, Mapping):
+        raise _refusal("the input must be an object")
+    graph, images = request.get("workflow"), request.get("images") or []
     if not isinstance(graph, dict):
         raise _refusal("the input needs a workflow: an object in ComfyUI's API format")
     if request.get("comfy_org_api_key"):
         raise _refusal("this worker cannot pass a comfy_org_api_key on")
-    files = [_file(item) for item in request.get("images") or ()]
+    if not isinstance(images, list):
+        raise InputImageError("images must be a list of objects with name and image")
+    files = [_file(item) for item in images]
     document = JobDocument(str(uuid.uuid4()), (JobGraph(0, 1, None, graph),), tuple(files))
     # By way of JSON, so that it is checked like any other.
     return decode_document(encode_document(document))

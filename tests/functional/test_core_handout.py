@@ -40,7 +40,7 @@ def test_a_slow_consumer_bounds_what_is_handed_out() -> None:
 
     with GatedExecutor(record, max_workers=2) as executor:
         run = executor.submit(30)
-        executor.wait_until("end", 4)  # the window: twice the places
+        executor.wait_until("end", 4)  # the window: two more than there are places
         for _ in run:
             taken += 1
             executor.wait_until("end", min(30, 4 + taken - 1))

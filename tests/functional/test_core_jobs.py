@@ -33,12 +33,15 @@ class JobExecutor(BaseWorkflowExecutor):
         self.closed: list[bool] = []
         self.fail: dict[int, list[BaseException]] = {}
         self.news = threading.Condition()
+        self.gate = threading.Event()
+        self.gate.set()
 
     def _job_size(self, batches: Sequence[Batch], job: Job) -> int:
         return self.size or len(batches)
 
     def _run_job(self, job: Job, control: JobControl) -> Iterator[BatchResult | BatchFailure]:
         self.note(self.jobs, [batch.index for batch in job.batches])
+        assert self.gate.wait(DEADLINE)
         try:
             for batch in job.batches:
                 control.limit(1)
@@ -171,11 +174,11 @@ def test_closing_waits_for_what_is_held_back() -> None:
 
 def test_cancelled_futures_are_left_out_of_a_job() -> None:
     with JobExecutor(4, max_workers=1) as executor:
-        held = threading.Event()
-        executor.submit(1, on_progress=lambda _: held.wait(DEADLINE))
+        executor.gate.clear()
+        executor.submit(1)
         executor.wait_for(executor.jobs, 1)
         run = executor.submit(8, ignore_errors=True)
         assert all(run.futures[index].cancel() for index in (1, 4, 5, 6, 7))
-        held.set()
+        executor.gate.set()
         assert indexes(run) == [0, 2, 3]
     assert executor.jobs[1:] == [[0, 2, 3]]

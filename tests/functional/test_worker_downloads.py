@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import trustme
@@ -25,8 +25,8 @@ PICTURE = b"\x89PNG" + bytes(range(256)) * 1000
 class Host(http.server.BaseHTTPRequestHandler):
     """Serves a picture and a few surprises; counts what was asked for."""
 
-    asked: Counter[str] = Counter()
-    stop = threading.Event()
+    asked: ClassVar[Counter[str]] = Counter()
+    stop: ClassVar[threading.Event]
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
@@ -169,7 +169,7 @@ def test_a_cancellation_ends_a_download(host: str) -> None:
 
 def test_a_certificate_of_nobody_is_refused(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SSL_CERT_FILE")
-    with pytest.raises(InputImageError, match="cannot fetch a.png from localhost") as caught:
+    with pytest.raises(InputImageError, match=r"cannot fetch a\.png from localhost") as caught:
         fetch(f"{host}/picture?secret=1")
     assert "secret" not in str(caught.value)
     assert Host.asked == {}

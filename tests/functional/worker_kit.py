@@ -12,6 +12,7 @@ from typing import Any
 from server_kit import bench_graph
 
 from comfy_executors import wire
+from comfy_executors.errors import InputImageError, WorkflowRejectedError
 
 EVENT_BYTES = 1_000_000  # what RunPod takes as one chunk
 
@@ -88,3 +89,15 @@ def put_together(events: Iterable[dict[str, Any]], document: wire.JobDocument) -
         "errors": len(answer.failures),
     }
     return answer
+
+
+# What no worker may run: changes of a document, the error that they are, and words of it.
+HOSTILE: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"version": 2}, WorkflowRejectedError, "version 1, not 2"),
+    ({"graphs": []}, WorkflowRejectedError, "at least one graph"),
+    ({"graphs": [{}]}, WorkflowRejectedError, "each of graphs"),
+    ({"request_id": "../x"}, WorkflowRejectedError, "request_id"),
+    ({"input_images": [{"name": "a/b.png", "data": "AAAA"}]}, InputImageError, "folders"),
+    ({"input_images": [{"name": "a.png", "data": "A!"}]}, InputImageError, "base64"),
+    ({"input_images": [{"name": "a.png"}]}, InputImageError, "neither bytes"),
+]

@@ -107,8 +107,7 @@ def missing_model(names: list[str], config: list[Any] | None = None) -> str:
 def test_a_missing_model_names_the_nearest() -> None:
     assert missing_model(["v1-5-pruned-emaonly.safetensors", "sd_xl_base_1.0.safetensors"]) == (
         'Node 4 "Load Checkpoint" (CheckpointLoaderSimple), input ckpt_name: "sd_xl.safetensors" '
-        "is not on the server; nearest: sd_xl_base_1.0.safetensors, "
-        "v1-5-pruned-emaonly.safetensors"
+        "is not on the server; nearest: sd_xl_base_1.0.safetensors"
     )
 
 
@@ -144,6 +143,12 @@ def test_nearest_names_look_past_case() -> None:
     names = ["SDXL_Base.safetensors", "flux.safetensors", "vae.pt"]
     assert nearest_names("sdxl_base.safetensors", names)[0] == "SDXL_Base.safetensors"
     assert nearest_names("zzz", names) == ()
+
+
+def test_nearest_names_go_by_the_stem_and_by_parts_of_it() -> None:
+    names = ["SDXL/sd_xl_turbo_very_long_1.0_fp16.safetensors", "vae.safetensors"]
+    assert nearest_names("sd_xl.safetensors", names) == (names[0],)
+    assert nearest_names("vae", names) == (names[1],)
 
 
 @pytest.mark.parametrize("version", ["0.33.0", "0.8.0"])

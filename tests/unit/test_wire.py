@@ -134,7 +134,7 @@ def test_base64_may_have_the_head_of_a_data_uri_and_line_breaks() -> None:
 
 # Events.
 
-EVENTS = [
+EVENTS: list[wire.Event] = [
     wire.Started(0, 1, REQUEST_ID, "comfy-executors", "0.2.0", 2),
     wire.Progress(1, 1, 0, wire.ProgressStep("step", "3", "KSampler", 2, 20)),
     wire.Progress(2, 1, 0, wire.ProgressStep("retry", message="lost")),
@@ -361,7 +361,7 @@ def assert_missing_is_named(
     everything = {(batch, n) for batch, contents in outputs.items() for n in range(len(contents))}
     known = {key for key in everything if key[0] in ended or key in begun}
     named = [(item.batch, item.output) for item in missing]
-    expected = [(batch, None) for batch in outputs if batch not in ended]
+    expected: list[tuple[int, int | None]] = [(b, None) for b in outputs if b not in ended]
     expected += [key for key in known - whole if key[0] not in complete]
     assert Counter(named) == Counter(expected)
     assert all(str(item) for item in missing)

@@ -1,0 +1,375 @@
+"""RunPod with our worker: the stub, the SDK's own worker loop, our handler, the dev server."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from PIL import Image
+from runpod_worker import needs_sdk
+from server_kit import ENDLESS, PATIENCE, bench, bench_graph, ended, loading, served, statuses
+
+from comfy_executors import (
+    InputImageError,
+    JobInterruptedError,
+    JobTimeoutError,
+    NodeExecutionError,
+    PayloadTooLargeError,
+    RunPodWorkflowExecutor,
+    SubmitUncertainError,
+    WorkerLostError,
+    WorkflowError,
+    WorkflowTemplate,
+)
+from comfy_executors.clients.http import DeadlineWaiter
+from comfy_executors.devserver import DevServer
+from comfy_executors.executors import runpod_job
+from comfy_executors.testing import RunPodStub, RunPodWorkerProcess
+
+pytestmark = needs_sdk
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[tuple[DevServer, RunPodStub]]:
+    with DevServer() as server, RunPodStub() as stub:
+        with RunPodWorkerProcess(stub, server.address) as worker:
+            yield server, stub
+            print(worker.log)  # shown when a test fails
+
+
+@pytest.fixture
+def server(site: tuple[DevServer, RunPodStub]) -> Iterator[DevServer]:
+    site[0].reset()
+    yield site[0]
+    idle(site[0])
+
+
+@pytest.fixture
+def stub(site: tuple[DevServer, RunPodStub]) -> Iterator[RunPodStub]:
+    site[1].clear()
+    yield site[1]
+    site[1].clear()
+
+
+@pytest.fixture
+def make(stub: RunPodStub) -> Iterator[Callable[..., RunPodWorkflowExecutor]]:
+    made: list[RunPodWorkflowExecutor] = []
+
+    def make(**options: Any) -> RunPodWorkflowExecutor:
+        made.append(RunPodWorkflowExecutor(stub.endpoint_id, stub.api_key, stub.url, **options))
+        return made[-1]
+
+    yield make
+    for executor in made:
+        executor.close(cancel=True)
+
+
+def idle(server: DevServer) -> None:
+    """Wait until nothing is left on the server."""
+    server.wait_for(lambda s: not {"running", "pending"} & set(statuses(s)), PATIENCE)
+
+
+Make = Callable[..., RunPodWorkflowExecutor]
+
+
+def delivered(run: Any, count: int) -> None:
+    """Check that every batch was delivered, each once."""
+    assert Counter(image.batch_index for image in run) == Counter(range(count))
+
+
+# Jobs.
+
+
+def test_a_run_is_one_job_whose_shared_nodes_run_once(
+    make: Make, stub: RunPodStub, server: DevServer
+) -> None:
+    delivered(make().submit_workflow(loaded_and_noised(), [picture()], num_samples=16), 16)
+    assert [job.executions for job in stub.jobs] == [1]
+    assert server.node_runs["LoadImage"] == 1
+    assert served(server)["POST /upload/image"] == 1
+    assert statuses(server) == {"success": 16}
+
+
+def loaded_and_noised() -> WorkflowTemplate:
+    """An input image that all batches share, beside what the seed makes."""
+    load = {"class_type": "LoadImage", "inputs": {"image": "{{ input_images[0] }}"}}
+    save = {"class_type": "SaveImage", "inputs": {"images": ["3", 0], "filename_prefix": "t"}}
+    noise = bench_graph()["1"]
+    blend = {"image1": ["4", 0], "image2": ["1", 0], "blend_factor": 0.5, "blend_mode": "normal"}
+    graph = {"4": load, "1": noise, "2": save, "3": {"class_type": "ImageBlend", "inputs": blend}}
+    return WorkflowTemplate(json.dumps(graph))
+
+
+def picture() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(file, "PNG")
+    return file.getvalue()
+
+
+def test_batches_per_job_divides_a_run(make: Make, stub: RunPodStub) -> None:
+    run = make(batches_per_job=4).submit_workflow(bench(), num_samples=10)
+    results = [future.result(PATIENCE) for future in run.futures]
+    documents = [job.input["comfy_executors"] for job in stub.jobs]
+    assert sorted(len(document["graphs"]) for document in documents) == [2, 4, 4]
+    assert len({document["request_id"] for document in documents}) == 3
+    assert {result.job_id for result in results} == {job.id for job in stub.jobs}
+
+
+def test_images_arrive_while_the_job_runs(make: Make, stub: RunPodStub) -> None:
+    run = make().submit_workflow(bench(0.3), num_samples=6)
+    assert next(run).data.startswith(PNG)
+    assert [job.status for job in stub.jobs] == ["IN_PROGRESS"]
+    assert len(list(run)) == 5
+
+
+def test_the_policy_holds_both_budgets(make: Make, stub: RunPodStub) -> None:
+    executor = make(queue_timeout=100, execution_timeout=50)
+    executor.submit_workflow(bench()).result(PATIENCE)
+    assert stub.jobs[0].policy == {"executionTimeout": 50_000, "ttl": 210_000}
+
+
+@pytest.mark.parametrize("worker", ["auto", "comfy-executors"])
+def test_what_a_request_holds(make: Make, stub: RunPodStub, worker: str) -> None:
+    make(worker=worker).submit_workflow(loading(), [picture()]).result(PATIENCE)
+    request = stub.jobs[0].input
+    (name,) = [image["name"] for image in request["images"]]
+    assert request["comfy_executors"]["input_images"] == [{"name": name}]
+    assert ("workflow" in request) is (worker == "auto")
+
+
+def test_input_images_may_be_urls(make: Make, stub: RunPodStub) -> None:
+    url = "https://127.0.0.1:1/fox.webp?key=secret"
+    run = make().submit_workflow(loading(), [url], num_samples=1)
+    with pytest.raises(InputImageError, match="no public address") as caught:
+        run.result(PATIENCE)
+    assert "secret" not in str(caught.value)
+    request = stub.jobs[0].input
+    assert [image["url"] for image in request["comfy_executors"]["input_images"]] == [url]
+    assert set(request) == {"comfy_executors"}  # the official worker could not run it
+
+
+def test_one_batch_fails_and_its_error_names_the_job(make: Make, stub: RunPodStub) -> None:
+    graph = bench_graph()
+    graph["1"]["inputs"]["fail"] = "{{ '' if seed != 2 else 'boom' }}"
+    template = WorkflowTemplate(json.dumps(graph))
+    run = make().submit_workflow(template, num_samples=3, seed=1, ignore_errors=True)
+    assert sorted(image.batch_index for image in run) == [0, 2]
+    error: Any = run.errors[1]
+    assert isinstance(error, NodeExecutionError)
+    assert (error.exception_message, error.job_id) == ("boom", stub.jobs[0].id)
+    assert pickle.loads(pickle.dumps(error)).job_id == error.job_id
+
+
+# What gets lost.
+
+
+def test_a_lost_chunk_is_found_in_the_final_result(
+    make: Make, stub: RunPodStub, server: DevServer
+) -> None:
+    for number in range(1, 12):
+        stub.faults.lose_chunk(number)
+    delivered(make().submit_workflow(bench(), num_samples=4), 4)
+    assert sum(job.lost_chunks for job in stub.jobs) == 11
+    assert (len(stub.jobs), statuses(server)) == (1, {"success": 4})
+
+
+def test_chunks_that_are_nowhere_cost_only_their_batches(
+    make: Make, stub: RunPodStub, server: DevServer
+) -> None:
+    stub.faults.lose_result()
+    for number in range(14, 25):
+        stub.faults.lose_chunk(number)
+    run = make().submit_workflow(bench(), num_samples=6)
+    attempts = sorted(future.result(PATIENCE).attempts for future in run.futures)
+    first, second = (job.input["comfy_executors"] for job in stub.jobs)
+    assert attempts.count(2) == len(second["graphs"]) < 6
+    assert first["request_id"] == second["request_id"]
+    assert statuses(server) == {"success": 6}  # the worker knew what it had made
+
+
+def test_a_lost_answer_of_a_stream_loses_nothing(
+    make: Make, stub: RunPodStub, server: DevServer
+) -> None:
+    stub.faults.reset_after("GET", "/stream/*", times=3)
+    delivered(make().submit_workflow(bench(0.1), num_samples=8), 8)
+    assert (len(stub.jobs), statuses(server)) == (1, {"success": 8})
+
+
+def test_a_result_that_is_lost_does_not_matter_after_the_stream(
+    make: Make, stub: RunPodStub
+) -> None:
+    stub.faults.lose_result()
+    delivered(make().submit_workflow(bench(), num_samples=4), 4)
+    assert [job.executions for job in stub.jobs] == [1]
+
+
+def test_a_job_that_runs_twice_is_delivered_once(
+    make: Make, stub: RunPodStub, server: DevServer
+) -> None:
+    stub.faults.execute_twice()
+    delivered(make().submit_workflow(bench(), num_samples=4), 4)
+    stub.wait_for(lambda s: s.executions == 2, PATIENCE)
+    make().submit_workflow(bench()).result(PATIENCE)  # the worker is through with it
+    assert statuses(server) == {"success": 5}
+
+
+def test_a_worker_that_falls_silent_is_replaced(make: Make, stub: RunPodStub) -> None:
+    stub.limits.worker_silence = 1.0
+    stub.faults.silence_worker(after_chunks=4)
+    delivered(make().submit_workflow(bench(), num_samples=4), 4)
+    assert [(job.retries, job.executions) for job in stub.jobs] == [(1, 2)]
+
+
+def test_a_worker_that_stays_silent_is_an_error(make: Make, stub: RunPodStub) -> None:
+    stub.limits.worker_silence = 0.5
+    stub.faults.silence_worker(times=2)
+    run = make().submit_workflow(bench(), num_samples=2)
+    with pytest.raises(WorkerLostError) as caught:
+        run.result(PATIENCE)
+    assert caught.value.job_id == stub.jobs[0].id
+    assert len(stub.jobs) == 1
+
+
+def test_a_job_that_runpod_forgets_is_run_again(
+    make: Make, stub: RunPodStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("comfy_executors.clients.runpod._EARLY_SECONDS", 0.0)
+    run = make().submit_workflow(bench(0.2), num_samples=4)
+    next(run)
+    stub.expire(stub.jobs[0].id)
+    assert len(list(run)) == 3
+    assert [job.known for job in stub.jobs] == [False, True]
+
+
+# Trouble on the way.
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "fault"),
+    [
+        ("GET", "/stream/*", {"status": 502}),
+        ("GET", "/stream/*", {"status": 429, "headers": {"Retry-After": "1"}}),
+        ("GET", "/stream/*", {"status": 404}),
+        ("POST", "/run", {"status": 429}),
+    ],
+)
+def test_passing_trouble_is_survived(
+    make: Make, stub: RunPodStub, method: str, path: str, fault: dict[str, Any]
+) -> None:
+    stub.faults.fail(method, path, times=2, **fault)
+    delivered(make().submit_workflow(bench(), num_samples=3), 3)
+    assert [job.executions for job in stub.jobs] == [1]
+
+
+def test_an_uncertain_submit_is_an_error(make: Make, stub: RunPodStub) -> None:
+    stub.faults.reset_after("POST", "/run")
+    run = make().submit_workflow(bench(), num_samples=2)
+    with pytest.raises(SubmitUncertainError) as caught:
+        run.result(PATIENCE)
+    assert caught.value.request_id == stub.jobs[0].input["comfy_executors"]["request_id"]
+    assert (len(stub.jobs), stub.calls["run"]) == (1, 1)
+
+
+def test_an_uncertain_submit_may_be_repeated(
+    make: Make, stub: RunPodStub, server: DevServer
+) -> None:
+    stub.faults.reset_after("POST", "/run")
+    executor = make(on_uncertain_submit="resubmit")
+    delivered(executor.submit_workflow(bench(), num_samples=3), 3)
+    stub.wait_for(lambda s: [job.status for job in s.jobs] == ["COMPLETED"] * 2, PATIENCE)
+    assert statuses(server) == {"success": 3}  # one worker: it knows the request
+
+
+def test_a_payload_that_is_too_large_is_refused_unsent(make: Make, stub: RunPodStub) -> None:
+    run = make().submit_workflow(loading(), [PNG + bytes(8_000_000)])
+    with pytest.raises(PayloadTooLargeError, match="https URLs"):
+        run.result(PATIENCE)
+    assert stub.jobs == []
+
+
+def test_a_long_run_is_divided_into_requests_that_fit(make: Make, stub: RunPodStub) -> None:
+    run = make().submit_workflow(bench(text="x" * 300_000), num_samples=40)
+    run.futures[39].add_done_callback(lambda _: None)
+    stub.wait_for(lambda s: len(s.jobs) >= 2, PATIENCE)
+    assert run.cancel()
+    assert {len(job.input["comfy_executors"]["graphs"]) for job in stub.jobs} <= set(range(10, 20))
+
+
+# Waiting and stopping.
+
+
+def test_a_queue_that_does_not_move_is_explained(
+    make: Make, stub: RunPodStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runpod_job, "_STUCK_SECONDS", 0.5)
+    stub.faults.stuck_queue = "throttled"
+    events: list[Any] = []
+    run = make(queue_timeout=3).submit_workflow(bench(), on_progress=events.append)
+    with pytest.raises(JobTimeoutError, match=r"waited 3 s for a worker: .* throttled") as caught:
+        run.result(PATIENCE)
+    assert not caught.value.started
+    waiting = [event for event in events if event.kind == "waiting"]
+    assert len(waiting) == 1
+    assert "no free GPU" in str(waiting[0].message)
+    assert [(job.id, job.status) for job in stub.jobs] == [(caught.value.job_id, "CANCELLED")]
+    assert stub.calls["health"] == 1
+
+
+def test_the_platforms_timeout(make: Make, stub: RunPodStub, server: DevServer) -> None:
+    run = make().submit_workflow(bench(ENDLESS, steps=1000), num_samples=2)
+    server.wait_for(lambda s: statuses(s)["running"] == 1, PATIENCE)
+    stub.time_out(stub.jobs[0].id)
+    with pytest.raises(JobTimeoutError) as caught:
+        run.result(PATIENCE)
+    assert (caught.value.started, caught.value.job_id) == (True, stub.jobs[0].id)
+    idle(server)
+
+
+def test_a_job_that_somebody_cancels(make: Make, stub: RunPodStub, server: DevServer) -> None:
+    executor, other = make(), make()
+    run = executor.submit_workflow(bench(ENDLESS, steps=1000))
+    server.wait_for(lambda s: statuses(s)["running"] == 1, PATIENCE)
+    other._client.cancel(stub.jobs[0].id, DeadlineWaiter(PATIENCE))
+    with pytest.raises(JobInterruptedError):
+        run.result(PATIENCE)
+    ended(server, interrupted=1)
+
+
+@pytest.mark.parametrize("how", ["cancel", "with", "timeout", "batch_timeout"])
+def test_stopping_leaves_nothing_running(
+    make: Make, stub: RunPodStub, server: DevServer, how: str
+) -> None:
+    executor = make()
+    limits = {how: 1.0} if "timeout" in how else {}
+    running = threading.Event()
+    run = executor.submit_workflow(
+        bench(ENDLESS, steps=1000),
+        num_samples=3,
+        on_progress=lambda event: event.kind == "started" and running.set(),
+        **limits,
+    )
+    if how == "cancel":
+        assert running.wait(PATIENCE)
+        run.cancel()
+    elif how == "with":
+        with pytest.raises(ZeroDivisionError), executor:
+            assert running.wait(PATIENCE)
+            raise ZeroDivisionError
+    with pytest.raises(WorkflowError):
+        run.result(PATIENCE)
+    idle(server)
+    stub.wait_for(lambda s: s.jobs[0].status in ("CANCELLED", "COMPLETED"), PATIENCE)
+
+
+def test_few_calls_are_made(make: Make, stub: RunPodStub) -> None:
+    make().submit_workflow(bench(0.25), num_samples=12).result(PATIENCE)  # three seconds
+    assert stub.calls["run"] == 1
+    assert stub.calls["stream"] + stub.calls["status"] <= 3 * (3 + 2)
