@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from comfy_executors.clients.comfyui import choices, nearest_names
+from comfy_executors.clients.comfyui import choices, nearest_names, what_there_is
 from comfy_executors.errors import NodeProblem, node_label
 from comfy_executors.workflows import Graph, class_type, is_link, node_title, output_nodes
 
@@ -230,16 +230,15 @@ class _Check:
         if any(options.get(upload) for upload in _UPLOADS):
             # In a subfolder, or with a folder's name in brackets behind it, it may well be there.
             if "/" not in str(value) and not str(value).endswith("]"):
-                reason = f"{_shown(value)} is not in the server's input folder"
                 nearest = nearest_names(str(value), known)
+                reason = f"{_shown(value)} is not in the server's input folder"
+                reason += what_there_is(known, nearest)
                 yield self._problem(
                     node_id, name, value, "custom_validation_failed", reason, nearest
                 )
             return
-        reason = f"{_shown(value)} is not on the server"
-        if not known:
-            reason += ", which has none to choose from"
         nearest = nearest_names(str(value), known)
+        reason = f"{_shown(value)} is not on the server{what_there_is(known, nearest)}"
         yield self._problem(node_id, name, value, "value_not_in_list", reason, nearest)
 
 

@@ -1,4 +1,4 @@
-"""The command line: `comfy-executors run`, `check`, `demo`, `devserver` and `version`.
+"""The command line: `comfy-executors run`, `check`, `demo`, `devserver`, `runpod`, `version`.
 
 Exit codes: 0 all was delivered, 1 some batches failed, 2 wrong usage or template, 3 the server
 cannot be used, 130 cancelled by Ctrl-C or SIGTERM, with our prompts taken off the server.
@@ -41,6 +41,11 @@ from comfy_executors.cli_delivery import (
     json_line,
 )
 from comfy_executors.cli_progress import make_display
+from comfy_executors.cli_runpod import (
+    add_runpod_arguments,
+    add_runpod_commands,
+    make_runpod_executor,
+)
 from comfy_executors.clients.comfyui import DEFAULT_PORT
 from comfy_executors.errors import ComfyExecutorsError, ServerError, WorkflowError
 from comfy_executors.executors.comfy_server import ComfyServerWorkflowExecutor
@@ -58,6 +63,8 @@ Next, with your own ComfyUI:
   3. comfy-executors run TEMPLATE --server localhost:{port} --var prompt='a fox' --num-samples 4"""
 
 if TYPE_CHECKING:
+    from comfy_executors.executors.runpod import RunPodWorkflowExecutor
+
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
@@ -73,7 +80,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: The arguments are wrong (code 2), or help was asked for (code 0).
     """
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments:
+        parser.print_help(sys.stderr)
+        return USAGE
+    args = parser.parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A path that the terminal's encoding does not have must not end a run.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -128,15 +140,7 @@ def _run(args: argparse.Namespace) -> int:
             display.note(
                 "warning: the template does not use {{ batch_size }}: --batch-size has no effect"
             )
-        try:
-            executor = ComfyServerWorkflowExecutor(
-                args.server or f"localhost:{DEFAULT_PORT}",
-                batch_size=args.batch_size,
-                max_workers=args.max_workers,
-                headers=dict(args.header),
-            )
-        except ValueError as error:
-            raise UsageError(str(error)) from error
+        executor = _make_executor(args)
         delivery = Delivery(
             display,
             as_json=args.json,
@@ -152,8 +156,32 @@ def _run(args: argparse.Namespace) -> int:
             seed=args.seed,
             timeout=args.timeout,
             batch_timeout=args.batch_timeout,
+            include_previews=args.include_previews,
             variables=variables,
         )
+
+
+def _make_executor(
+    args: argparse.Namespace,
+) -> ComfyServerWorkflowExecutor | RunPodWorkflowExecutor:
+    if args.runpod:
+        return make_runpod_executor(
+            args.runpod,
+            worker=args.worker,
+            batch_size=args.batch_size,
+            batches_per_job=args.batches_per_job,
+            max_workers=args.max_workers,
+        )
+    try:
+        return ComfyServerWorkflowExecutor(
+            args.server or f"localhost:{DEFAULT_PORT}",
+            batch_size=args.batch_size,
+            max_workers=args.max_workers,
+            headers=dict(args.header),
+            verify=args.verify,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -214,11 +242,13 @@ def _parser() -> argparse.ArgumentParser:
         "3 the server cannot be used, 130 cancelled",
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=comfy_executors.__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     run = _add_command(commands, "run", _run, "run a template and save its images", "TEMPLATE ")
     add_template_arguments(run)
     add_run_arguments(run)
+    add_runpod_arguments(run)
 
     words = "render a template and hold it against a server, without running it"
     add_template_arguments(_add_command(commands, "check", check, words, "TEMPLATE "))
@@ -228,6 +258,10 @@ def _parser() -> argparse.ArgumentParser:
 
     words = "serve a stand-in for ComfyUI until Ctrl-C"
     add_devserver_arguments(_add_command(commands, "devserver", _devserver, words))
+
+    words = "look after a RunPod endpoint, with the key in $RUNPOD_API_KEY"
+    runpod = commands.add_parser("runpod", help=words, description=words, allow_abbrev=False)
+    add_runpod_commands(runpod)
 
     _add_command(commands, "version", _version, "print the version")
     return parser

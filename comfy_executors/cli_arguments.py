@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import ssl
+from pathlib import Path
 from typing import Any
 
 from comfy_executors.cli_delivery import OPTION_OF, UsageError
@@ -84,6 +86,38 @@ def _header(text: str) -> tuple[str, str]:
     return name.strip(), value.strip()
 
 
+def _headers(text: str) -> list[tuple[str, str]]:
+    """Parse `Name: value`, or the lines of the file that `@FILE` names; others see arguments."""
+    if not text.startswith("@"):
+        return [_header(text)]
+    lines = _read_lines(text[1:])
+    try:
+        return [_header(line) for line in lines if line.strip()]
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error} in each line of {text[1:]}") from None
+
+
+def _read_lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text("utf-8-sig").splitlines()
+    except UnicodeDecodeError:  # without its words, which quote the file
+        raise argparse.ArgumentTypeError(f"{path} is no UTF-8 text") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        raise argparse.ArgumentTypeError(f"cannot read {path}: {reason}") from None
+
+
+def _ca_bundle(path: str) -> str:
+    try:
+        ssl.create_default_context(cafile=path)
+    except ssl.SSLError:
+        raise argparse.ArgumentTypeError(f"{path} holds no certificate in PEM") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise argparse.ArgumentTypeError(f"cannot read {path}: {reason}") from None
+    return path
+
+
 def load_template(place: str) -> WorkflowTemplate:
     """Read the template that a path or an http(s) URL leads to.
 
@@ -135,10 +169,26 @@ def add_template_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--header",
         metavar="'NAME: VALUE'",
-        type=_header,
-        action="append",
+        type=_headers,
+        action="extend",
         default=[],
-        help="sent with each request, such as a key; may be repeated",
+        help="sent with each request, such as a key; @FILE reads such lines from a file, so that "
+        "no key is among the arguments; may be repeated",
+    )
+    certificates = parser.add_mutually_exclusive_group()
+    certificates.add_argument(
+        "--ca",
+        dest="verify",
+        metavar="FILE",
+        type=_ca_bundle,
+        default=True,
+        help="the CA that signed the server's certificate, in PEM",
+    )
+    certificates.add_argument(
+        "--insecure",
+        dest="verify",
+        action="store_false",
+        help="do not check the server's certificate: anybody between may read and change all",
     )
     parser.add_argument(
         "--var",
@@ -162,6 +212,9 @@ def add_template_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         help="an input image, for templates that use input_images; may be repeated",
+    )
+    parser.add_argument(
+        "--include-previews", action="store_true", help="take what PreviewImage nodes make, too"
     )
     parser.add_argument(
         "--json", action="store_true", help="write one JSON object a line to stdout"

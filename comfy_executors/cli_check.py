@@ -77,14 +77,15 @@ def _render(template: WorkflowTemplate, args: argparse.Namespace) -> Graph:
         input_images=images,
         input_images_dir=f"input/{images.folder}" if images else "",
     )
-    refuse_previews_only(plan.graph)
+    if not args.include_previews:
+        refuse_previews_only(plan.graph)
     return plan.graph
 
 
 def _object_info(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     try:
         url, user = parse_address(args.server, DEFAULT_PORT)
-        http = HttpClient(url, headers=dict(args.header), auth=user)
+        http = HttpClient(url, headers=dict(args.header), auth=user, verify=args.verify)
     except ValueError as error:
         raise UsageError(str(error)) from error
     client, waiter = ComfyUIClient(http), DeadlineWaiter(_SERVER_SECONDS)

@@ -20,7 +20,7 @@ from comfy_executors.errors import (
     TemplateVariablesError,
     WorkflowRejectedError,
 )
-from comfy_executors.executors.comfy_server import ComfyServerWorkflowExecutor
+from comfy_executors.executors.base import BaseWorkflowExecutor
 from comfy_executors.images import WorkflowOutput
 from comfy_executors.runs import BatchResult, WorkflowRun
 from comfy_executors.workflows import WorkflowTemplate
@@ -60,13 +60,15 @@ class Delivery:
         self._keep_going = keep_going
         self._ordered = ordered
         self._images = self._files = self._cancelled = 0
+        self._sizes: list[int] = []
+        self._fell_short = False
         self._errors: list[BaseException] = []
         self._said: set[str] = set()
         self._started = time.monotonic()
 
     def run(
         self,
-        executor: ComfyServerWorkflowExecutor,
+        executor: BaseWorkflowExecutor,
         template: WorkflowTemplate,
         num_samples: int,
         **options: Any,
@@ -92,6 +94,7 @@ class Delivery:
             with executor:
                 run = self._submit(executor, template, num_samples=num_samples, **options)
                 waiting.update((future, index) for index, future in enumerate(run.futures))
+                self._sizes = [batch.size for batch in run.batches]
                 self._tell_start(executor, num_samples, run)
                 try:
                     self._take(run, waiting)
@@ -109,10 +112,10 @@ class Delivery:
                 "where it says how many"
             )
         self._tell_end(num_samples, interrupted)
-        return CANCELLED if interrupted else self._exit_code()
+        return CANCELLED if interrupted else self._exit_code(num_samples)
 
     def _submit(
-        self, executor: ComfyServerWorkflowExecutor, template: WorkflowTemplate, **options: Any
+        self, executor: BaseWorkflowExecutor, template: WorkflowTemplate, **options: Any
     ) -> WorkflowRun:
         try:
             return executor.submit_workflow(
@@ -155,11 +158,11 @@ class Delivery:
             self._display.result(json_line(kind, **facts))
 
     def _tell_start(
-        self, executor: ComfyServerWorkflowExecutor, num_samples: int, run: WorkflowRun
+        self, executor: BaseWorkflowExecutor, num_samples: int, run: WorkflowRun
     ) -> None:
         self._event(
             "start",
-            server=executor.url,
+            server=getattr(executor, "url", None),
             num_samples=num_samples,
             batches=len(run.batches),
             output=self._output,
@@ -168,6 +171,7 @@ class Delivery:
     def _tell_result(self, result: BatchResult) -> None:
         self._images += len(result.images)
         self._files += len(result.outputs)
+        self._fell_short |= _falls_short(result, self._sizes[result.index])
         self._tell_files("image", result.images)
         self._tell_files("output", result.outputs)
         self._display.delivered(len(result.images))
@@ -205,17 +209,28 @@ class Delivery:
         files = f" and {counted(self._files, 'other file')}" if self._files else ""
         ends = [f"{counted(failed, 'batch')} failed"] if failed else []
         ends += [f"{counted(cancelled, 'batch')} cancelled"] if cancelled else []
-        self._display.note(
+        tell = self._display.error if self._is_short(wanted) else self._display.note
+        tell(
             "; ".join([f"{images}{files} in {self._output} after {seconds:.1f} s", *ends])
         )
 
-    def _exit_code(self) -> int:
+    def _is_short(self, wanted: int) -> bool:
+        return self._fell_short and self._images < wanted
+
+    def _exit_code(self, wanted: int) -> int:
         if self._errors and all(isinstance(error, ServerError) for error in self._errors):
             return UNREACHABLE
         if self._images or self._files:
-            return FAILED if self._errors else DELIVERED
+            return FAILED if self._errors or self._is_short(wanted) else DELIVERED
         refused = any(isinstance(error, WorkflowRejectedError) for error in self._errors)
         return USAGE if refused else FAILED
+
+
+def _falls_short(result: BatchResult, size: int) -> bool:
+    """Tell whether a batch made too few images; a video stands for all, a text for no image."""
+    if len(result.images) >= size or any(output.kind != "text" for output in result.outputs):
+        return False
+    return bool(result.images) or not result.outputs
 
 
 def _path(file: WorkflowOutput) -> str:
@@ -272,6 +287,8 @@ def _hint(error: ComfyExecutorsError) -> str:
     if isinstance(error, TemplateVariablesError) and error.missing:
         options = [f"{OPTION_OF.get(name) or f'--var {name}=TEXT'}" for name in error.missing]
         return f"give them with {' '.join(dict.fromkeys(options))}"
+    if "RUNPOD_API_KEY" in str(error):
+        return ""
     if isinstance(error, AuthenticationError):
         return "send a key with --header 'Name: value'"
     if isinstance(error, ServerUnreachableError):

@@ -53,7 +53,9 @@ class Display:
     def on_progress(self, event: ProgressEvent) -> None:
         """Take a run's progress event, from any thread."""
         with self._lock:
-            if self._open:
+            if self._open and event.kind == "waiting":
+                self.note(f"batch {event.batch} waits: {event.message}")
+            elif self._open:
                 self._show(event)
 
     def end_progress(self) -> None:

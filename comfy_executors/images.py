@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,13 @@ _KINDS = {
     "3d": "glb gltf obj ply stl fbx usdz splat spz ksplat",
 }
 _SHOWN_PATH = 200
+# A `Path` of a URL has one slash left; Windows' drives have one letter.
+_URL_START = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_URL = re.compile(
+    r"(?P<scheme>[^:]+):/+(?:[^/?#]*@)?(?P<host>(?:\[[^\]]*\]|[^/?#@:]*)(?::[0-9]*)?)"
+    r"(?P<path>/[^?#]*)?(?:[?#].*)?",
+    re.DOTALL,
+)
 _KIND_OF = {suffix: kind for kind, suffixes in _KINDS.items() for suffix in suffixes.split()}
 
 InputImageSource = Union["InputImage", str, "os.PathLike[str]", bytes, IO[bytes], "Image.Image"]
@@ -107,17 +115,30 @@ class InputImage:
 
 
 def _read_path(path: str | os.PathLike[str]) -> bytes:
+    text = os.fspath(path)
+    if _URL_START.match(text) and not os.path.exists(text):
+        raise InputImageError(
+            f"cannot read the input image {_shown_url(text)!r}: a URL; download it, and pass its "
+            "bytes"
+        )
     # Whoever passes base64 text as a path should not have all of it in the error.
-    shown = repr(os.fspath(path)[:_SHOWN_PATH])
+    shown = repr(text[:_SHOWN_PATH])
     try:
         data = Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL or a surrogate in the path
         reason = getattr(error, "strerror", None) or error
-        hint = "; download it, and pass its bytes" if "://" in shown else ""
-        raise InputImageError(f"cannot read the input image {shown}: {reason}{hint}") from error
+        raise InputImageError(f"cannot read the input image {shown}: {reason}") from error
     if not data:
         raise InputImageError(f"the input image {shown} is empty")
     return data
+
+
+def _shown_url(url: str) -> str:
+    """Leave out what may be a key: the user, the password, the query and the fragment."""
+    parts = _URL.fullmatch(url)
+    if parts is None or "@" in (parts["path"] or ""):  # a password with a slash in it
+        return f"{url.partition(':')[0]}://…"
+    return f"{parts['scheme']}://{parts['host']}{parts['path'] or ''}"[:_SHOWN_PATH]
 
 
 def _read_file(file: Any) -> bytes:
@@ -260,8 +281,8 @@ class WorkflowOutput:
         """Save the bytes, whole or not at all, and never over another file.
 
         Args:
-            path: A file name; or a folder that exists or ends in a slash, where the file gets the
-                server's name below the server's subfolder, made harmless.
+            path: A file name with its ending; or else a folder, where the file gets the server's
+                name below the server's subfolder, made harmless. Folders are made.
 
         Returns:
             The path written. A taken name is counted up: `fox.png`, `fox_00001_.png`.
@@ -271,7 +292,7 @@ class WorkflowOutput:
         """
         text = os.fspath(path)
         target = Path(text)
-        if text.endswith(("/", os.sep)) or target.is_dir():
+        if text.endswith(("/", os.sep)) or target.is_dir() or not target.suffix:
             target = target / safe_subfolder(self.subfolder) / safe_name(self.name, "output")
         self.path = save_bytes(self.data, target)
         return self.path

@@ -205,6 +205,8 @@ class WorkflowRun:
         self._others: dict[int, list[WorkflowOutput]] = {}
         self._images_made = 0
         self._warned = False
+        self._errors_seen = False
+        self._progress_failed = False
 
     # What a caller does with it.
 
@@ -224,6 +226,7 @@ class WorkflowRun:
                 if self._current:
                     return self._current.popleft()
                 if self._raised is not None:
+                    self._errors_seen = True
                     raise self._raised
                 if self._taken == len(self.batches):
                     raise StopIteration
@@ -253,6 +256,7 @@ class WorkflowRun:
         """
         with self._changed:
             self._want_everything("futures")
+            self._errors_seen = True  # each future tells its own
             for index in range(len(self.batches)):
                 if index not in self._futures:
                     self._futures[index] = self._new_future(index)
@@ -329,6 +333,7 @@ class WorkflowRun:
     def errors(self) -> dict[int, BaseException]:
         """The errors of the batches that failed, by batch index."""
         with self._changed:
+            self._errors_seen = True
             return dict(sorted(self._errors.items()))
 
     def __repr__(self) -> str:
@@ -338,7 +343,29 @@ class WorkflowRun:
                 f"done={self._settled - len(self._errors)} failed={len(self._errors)}>"
             )
 
+    def __del__(self) -> None:
+        self._warn_of_unseen_errors()
+
     # Inside, for the caller's side.
+
+    def _warn_of_unseen_errors(self) -> None:
+        """Log that batches failed when nobody asked and nobody can ask any more."""
+        # What was cancelled was meant to be. Without the lock: the garbage collector calls, too.
+        failed = {
+            index: error
+            for index, error in self._errors.items()
+            if not isinstance(error, WorkflowCancelledError)
+        }
+        if failed and not self._errors_seen and self._abandoned is None:
+            self._errors_seen = True
+            index, error = min(failed.items())
+            logger.warning(
+                "%d of %d batches failed, and nobody looked at the run; batch %d: %s",
+                len(failed),
+                len(self.batches),
+                index,
+                error,
+            )
 
     def _check_owner(self) -> None:
         if self._abandoned is not None:
@@ -392,6 +419,7 @@ class WorkflowRun:
     def _fail(self, error: BaseException) -> NoReturn:
         with self._changed:
             self._raised = error
+            self._errors_seen = True
             self._changed.notify_all()
         self._stop(WorkflowCancelledError, _FAILED)
         raise error
@@ -549,7 +577,9 @@ class WorkflowRun:
             try:
                 callback(event)
             except BaseException:  # SystemExit, too: it would only end one of our threads
-                logger.exception("on_progress raised; the run goes on")
+                if not self._progress_failed:
+                    logger.exception("on_progress raised; the run goes on, and tells it once")
+                self._progress_failed = True
 
 
 def _fail_future(future: Future[BatchResult], error: BaseException, *, started: bool) -> None:

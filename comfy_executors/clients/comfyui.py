@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
@@ -186,10 +187,37 @@ class ComfyUIClient:
             self.http.call("POST", "/interrupt", waiter, json={"prompt_id": prompt_id})
 
     def view(self, name: str, subfolder: str, type: str, waiter: Waiter) -> bytes | None:
-        """Return the bytes of a file, or None when the server does not have it."""
+        """Return the bytes of a file, or None when the server does not have it.
+
+        An HTML page or nothing at all, as proxies answer with status 200 while a server is away,
+        is no such file unless its name ends in `.html`: it is fetched again.
+
+        Raises:
+            ServerError: It cannot be had.
+        """
         params = {"filename": name, "subfolder": subfolder, "type": type}
-        answer = self.http.get("/view", waiter, accept=(404,), params=params)
-        return answer.content if answer.status == 200 else None
+
+        def call() -> bytes | None:
+            answer = self.http.call("GET", "/view", waiter, accept=(404,), params=params)
+            if answer.status == 404:
+                return None
+            self._refuse_page(name, answer)
+            return answer.content
+
+        return self.http.retry(call, waiter)
+
+    def _refuse_page(self, name: str, answer: Answer) -> None:
+        is_page = answer.headers.get("content-type", "").lower().startswith("text/html")
+        if name.lower().endswith(".html") or (answer.content and not is_page):
+            return
+        what = "an HTML page" if answer.content else "an empty body"
+        raise ServerResponseError(
+            f"{self.http.base_url} answers /view of {name} with {what} instead of the file: a "
+            "proxy or login page in front of it, or a file that is empty there",
+            self.http.base_url,
+            answer.status,
+            transient=True,
+        )
 
     def upload(self, data: bytes, name: str, subfolder: str, waiter: Waiter) -> None:
         """Put a file into the server's input folder, over one of the same name.
@@ -327,9 +355,8 @@ def _not_in_list(value: Any, extra: Mapping[str, Any]) -> tuple[str, tuple[str, 
     options = choices(extra.get("input_config"))
     if options is None:
         return f"{_shown(value)} is not in the list", ()
-    if not options:
-        return f"{_shown(value)} is not on the server, which has none to choose from", ()
-    return f"{_shown(value)} is not on the server", nearest_names(str(value), options)
+    nearest = nearest_names(str(value), options)
+    return f"{_shown(value)} is not on the server{what_there_is(options, nearest)}", nearest
 
 
 def choices(config: Any) -> list[str] | None:
@@ -340,6 +367,17 @@ def choices(config: Any) -> list[str] | None:
     if options == "COMBO" and len(config) > 1 and isinstance(config[1], Mapping):
         options = config[1].get("options")
     return [str(option) for option in options] if isinstance(options, (list, tuple)) else None
+
+
+def what_there_is(names: Collection[str], nearest: Collection[str]) -> str:
+    """Word what a server has instead, where no name is near: `, which has 12, such as a, b, c`."""
+    if nearest:
+        return ""
+    if not names:
+        return ", which has none to choose from"
+    some = ", ".join(map(_cut, itertools.islice(names, _NEAREST)))
+    count = f"{len(names)}, such as" if len(names) > _NEAREST else "only"
+    return f", which has {count} {some}"
 
 
 def nearest_names(name: str, names: Iterable[str]) -> tuple[str, ...]:
@@ -364,7 +402,10 @@ def _likeness(wanted: str, candidate: str) -> float:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    return _cut(json.dumps(value, ensure_ascii=False, default=str))
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= _SHOWN_VALUE else f"{text[:_SHOWN_VALUE]}…"
 
 

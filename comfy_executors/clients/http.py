@@ -5,11 +5,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
+import logging
+import re
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol, TypeVar, Union, cast
 from urllib.parse import unquote, urlsplit, urlunsplit
 
@@ -19,6 +24,7 @@ import urllib3.exceptions
 from requests.adapters import HTTPAdapter
 from requests.auth import AuthBase, HTTPBasicAuth
 
+from comfy_executors.clients.guard import CallGuard, GuardedAdapter
 from comfy_executors.errors import (
     AuthenticationError,
     ServerError,
@@ -27,11 +33,13 @@ from comfy_executors.errors import (
     WaitTimeoutError,
 )
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 Auth = Union[tuple[str, str], AuthBase]
 
 CONNECT_SECONDS = 10.0
-READ_SECONDS = 60.0  # a ComfyUI server that loads a model can be silent for tens of seconds
+READ_SECONDS = 30.0  # a ComfyUI server that loads a model can be silent for tens of seconds
 _CHUNK_BYTES = 64 * 1024
 _FIRST_WAIT = 0.1
 _LONGEST_WAIT = 5.0
@@ -47,6 +55,10 @@ class Waiter(Protocol):
     def sleep(self, seconds: float) -> None: ...
 
     def limit(self, seconds: float) -> float: ...
+
+    def interrupting(self, interrupt: Callable[[], None]) -> AbstractContextManager[None]:
+        """Have `interrupt` called, by any thread, when it is cancelled within the context."""
+        ...
 
 
 class DeadlineWaiter:
@@ -70,6 +82,10 @@ class DeadlineWaiter:
         if left <= 0:
             raise WaitTimeoutError(f"no answer within {self._seconds:g} s")
         return min(seconds, left)
+
+    def interrupting(self, interrupt: Callable[[], None]) -> AbstractContextManager[None]:
+        """Do nothing: nobody can cancel it."""
+        return contextlib.nullcontext()
 
 
 class Answer(NamedTuple):
@@ -123,12 +139,15 @@ def parse_address(address: str, default_port: int) -> tuple[str, tuple[str, str]
         port = parts.port
     except ValueError:
         # Without its cause, whose words can hold the password.
-        raise ValueError(refusal) from None
+        too_high = re.search(r":[0-9]{5,}(/|$)", text)
+        raise ValueError(refusal + ("; ports end at 65535" if too_high else "")) from None
     host = parts.hostname
     if parts.scheme not in ("http", "https") or not host or " " in text:
         raise ValueError(refusal)
     if parts.query or parts.fragment:
-        raise ValueError(f"an address has no ? or #: {_without_user(address)!r}")
+        # What follows may be a key.
+        shown = re.split("[?#]", _without_user(address))[0]
+        raise ValueError(f"an address has no ? or #, as after {shown!r}")
     if port is None and not has_scheme:
         port = default_port
     host = f"[{host}]" if ":" in host else host
@@ -178,6 +197,7 @@ class HttpClient:
         self._outage_timeout = outage_timeout
         self._connections = connections
         self._answered = False
+        self._in_outage = False
         self.reset()
 
     def reset(self) -> None:
@@ -185,7 +205,7 @@ class HttpClient:
         session = requests.Session()
         session.headers.update(self._headers)
         session.auth = self._auth
-        self._adapter = HTTPAdapter(
+        self._adapter: HTTPAdapter = GuardedAdapter(
             pool_connections=1, pool_maxsize=self._connections, max_retries=0
         )
         session.mount(self.base_url, self._adapter)
@@ -224,31 +244,46 @@ class HttpClient:
         """GET, repeated while the server is out of reach or overloaded. See `call`."""
         return self.retry(lambda: self.call("GET", path, waiter, accept=accept, **kwargs), waiter)
 
-    def retry(self, call: Callable[[], T], waiter: Waiter) -> T:
+    def retry(
+        self, call: Callable[[], T], waiter: Waiter, *, attempts: int = _ATTEMPTS
+    ) -> T:
         """Repeat a call that is safe to repeat while its errors are transient.
 
         Args:
             call: The call.
             waiter: Its deadline and cancellation end the waits in between, too.
+            attempts: How often to try at the most.
 
         Raises:
             ServerError: The last error, after `outage_timeout` seconds, or at once if it is not
                 transient.
         """
+        first_failure: list[float] = []
+
+        def stop(state: tenacity.RetryCallState) -> bool:
+            # From the first failure on: a call that waits in vain may take as long by itself.
+            first_failure.append(time.monotonic())
+            if not self._answered:
+                return state.attempt_number >= min(attempts, _ATTEMPTS_BEFORE_FIRST_ANSWER)
+            outage = time.monotonic() - first_failure[0]
+            return state.attempt_number >= attempts or outage >= self._outage_timeout
+
         policy = tenacity.Retrying(
             retry=tenacity.retry_if_exception(is_transient),
-            stop=self._stop,
+            stop=stop,
             wait=_wait,
             sleep=waiter.sleep,
+            before_sleep=self._tell_outage,
             reraise=True,
         )
         return policy(call)
 
-    def _stop(self, state: tenacity.RetryCallState) -> bool:
-        if not self._answered:
-            return state.attempt_number >= _ATTEMPTS_BEFORE_FIRST_ANSWER
-        elapsed = state.seconds_since_start or 0.0
-        return elapsed >= self._outage_timeout or state.attempt_number >= _ATTEMPTS
+    def _tell_outage(self, state: tenacity.RetryCallState) -> None:
+        """Say once an outage that, and how long, the server is waited for."""
+        error = state.outcome.exception() if state.outcome else None
+        if self._answered and not self._in_outage:
+            self._in_outage = True
+            logger.warning("%s; trying again for %g s", error, self._outage_timeout)
 
     def call(
         self,
@@ -285,6 +320,7 @@ class HttpClient:
         if answer.status != 200 and answer.status not in accept:
             raise self._refusal(f"{method} {path}", answer)
         self._answered = True
+        self._in_outage = False
         return answer
 
     def _exchange(self, request: requests.Request, waiter: Waiter) -> Answer:
@@ -293,13 +329,16 @@ class HttpClient:
             max(waiter.limit(CONNECT_SECONDS), 0.01),
             max(waiter.limit(READ_SECONDS), 0.01),
         )
+        guard = CallGuard(waiter.limit, READ_SECONDS)
         try:
             prepared = self._session.prepare_request(request)
-            with self._session.send(
+            with guard, waiter.interrupting(guard.interrupt), self._session.send(
                 prepared, timeout=timeout, allow_redirects=False, **self._settings
             ) as response:
-                content = b"".join(_watched(response.iter_content(_CHUNK_BYTES), waiter))
+                guard.head_is_here()
+                content = response.content
         except requests.RequestException as error:
+            waiter.limit(READ_SECONDS)  # a deadline or a cancellation is its own error
             raise self._unreachable(error) from error
         answer = Answer(response.status_code, response.headers, content)
         expected = answer.headers.get("content-length", "")
@@ -332,8 +371,7 @@ class HttpClient:
             message = f"{server} cannot be reached: no connection within {CONNECT_SECONDS:g} s"
         else:
             message = f"{server} cannot be reached: {_root_cause(error)}"
-        if not self._answered:
-            message += "; check the address, and that the server runs"
+        message += "" if self._answered else "; check the address, and that the server runs"
         return ServerUnreachableError(
             message, server=server, transient=True, maybe_received=not _never_sent(error)
         )
@@ -370,6 +408,8 @@ def _utf8(text: str) -> Any:
 
 def _checked_headers(headers: Mapping[str, str]) -> dict[str, str]:
     for name, value in headers.items():
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise ValueError(f"the header {name!r} must be text, not {type(value).__name__}")
         # The value may be a key: it is not shown.
         if not f"{name}{value}".isprintable() or not f"{name}{value}".isascii():
             raise ValueError(f"the header {name!r} has characters that HTTP does not allow")
@@ -405,13 +445,6 @@ def _never_sent(error: requests.RequestException) -> bool:
     return isinstance(reason, never_connected)
 
 
-def _watched(chunks: Iterable[bytes], waiter: Waiter) -> Iterator[bytes]:
-    """Pass a body on; a cancellation or a deadline ends it in the middle."""
-    for chunk in chunks:
-        waiter.limit(READ_SECONDS)
-        yield chunk
-
-
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
@@ -430,6 +463,9 @@ def _root_cause(error: BaseException) -> str:
     for cause in _causes(error):
         if isinstance(cause, OSError) and cause.strerror:
             words = cause.strerror
+        elif isinstance(cause, http.client.HTTPException):
+            # Such as "Remote end closed connection without response".
+            words = str(cause) or type(cause).__name__
     return words
 
 

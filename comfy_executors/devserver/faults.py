@@ -37,6 +37,7 @@ class Rule:
     seconds: float = 0.0
 
     def matches(self, method: str, path: str) -> bool:
+        """Tell whether it applies to a request, and is not used up."""
         return self.left != 0 and self.method == method and fnmatchcase(path, self.path)
 
 

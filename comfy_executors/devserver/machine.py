@@ -143,6 +143,10 @@ class Machine:
         self._journal.wait_for(lambda: self._journal.open_websockets == 0, _CLOSING_SECONDS)
 
     def close(self) -> None:
+        # As a process that ends: nobody hears that the prompt which runs is interrupted by it.
+        self._listener.shut()
+        self._listener.reset_connections()
+        self._wait_for_websockets()
         self._engine.close()
         self._listener.close()
         if self._temporary is not None:

@@ -83,21 +83,25 @@ class Journal:
 
     @property
     def prompts(self) -> list[PromptRecord]:
+        """The accepted prompts, in the order of their arrival."""
         with self._changed:
             return list(self._prompts)
 
     @property
     def requests(self) -> list[RequestRecord]:
+        """The requests, in the order in which they were answered."""
         with self._changed:
             return list(self._requests)
 
     @property
     def node_runs(self) -> Counter[str]:
+        """How often nodes of each class really ran."""
         with self._changed:
             return Counter(self._node_runs)
 
     @property
     def open_websockets(self) -> int:
+        """How many websockets are open."""
         with self._changed:
             return self._websockets
 
@@ -116,6 +120,7 @@ class Journal:
             self._notify()
 
     def node_ran(self, key: int, node_id: str, class_type: str) -> None:
+        """Take note that a node of a prompt really ran."""
         with self._changed:
             self._node_runs[class_type] += 1
             self.change_prompt(key, executed_nodes=[*self._executed(key), node_id])
@@ -124,11 +129,13 @@ class Journal:
         return self._prompts[key].executed_nodes if key < len(self._prompts) else []
 
     def add_request(self, record: RequestRecord) -> None:
+        """Add a request that was answered or cut off."""
         with self._changed:
             self._requests.append(record)
             self._notify()
 
     def count_websockets(self, number: int) -> None:
+        """Take note of how many websockets are open."""
         with self._changed:
             self._websockets = number
             self._notify()
@@ -139,6 +146,7 @@ class Journal:
             self._notify()
 
     def clear(self) -> None:
+        """Forget all records; open websockets still count."""
         with self._changed:
             self._prompts.clear()
             self._requests.clear()

@@ -12,14 +12,24 @@ from __future__ import annotations
 import abc
 import atexit
 import copy
+import difflib
 import logging
 import math
 import os
 import threading
 import time
+import uuid
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Container,
+    Generator,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -200,6 +210,7 @@ class BaseWorkflowExecutor(abc.ABC):
                 f"workflow_template must be a WorkflowTemplate, not "
                 f"{type(workflow_template).__name__}: use WorkflowTemplate.from_file or from_graph"
             )
+        _refuse_misspelt(template_variables, workflow_template.variables)
         images = self._load_inputs(input_images) if input_images else None
         plan = Plan(
             workflow_template,
@@ -281,7 +292,11 @@ class BaseWorkflowExecutor(abc.ABC):
                 _cancel_all(runs)
             self._wake()
             if not inside:
+                if runs and not cancel:
+                    logger.info("closing waits for %d runs; cancel() ends them", len(runs))
                 self._join()
+                for run in runs:
+                    run._warn_of_unseen_errors()
         except BaseException:
             _cancel_all(list(self._runs))
             self._join()
@@ -625,6 +640,16 @@ def _merge_variables(first: Mapping[str, Any], second: Mapping[str, Any]) -> dic
     return {**first, **second}
 
 
+def _refuse_misspelt(given: Mapping[str, Any], variables: Container[str]) -> None:
+    """Raise TypeError for a variable that no template has and that is nearly an argument."""
+    code = BaseWorkflowExecutor.submit_workflow.__code__
+    arguments = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
+    for name in given:
+        near = difflib.get_close_matches(name, arguments, n=1, cutoff=0.8)
+        if near and name not in variables:
+            raise TypeError(f"submit_workflow has no argument {name}: did you mean {near[0]}?")
+
+
 def _positive(name: str, seconds: float | None) -> float | None:
     if seconds is not None and not seconds > 0:
         raise ValueError(f"{name} must be a number of seconds above 0, not {seconds!r}")
@@ -635,8 +660,14 @@ def _make_folder(path: str | os.PathLike[str]) -> Path:
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # Before any GPU time is spent on what could not be saved.
+        probe = folder / f".saving-{uuid.uuid4().hex}"
+        probe.touch()
+        probe.unlink()
+    except FileExistsError as error:
+        raise OutputFileError(f"output_dir {folder} is a file, not a folder") from error
     except OSError as error:
-        raise OutputFileError(f"cannot make the folder {folder}: {error.strerror}") from error
+        raise OutputFileError(f"cannot save into {folder}: {error.strerror}") from error
     return folder
 
 

@@ -40,7 +40,7 @@ SILENCE_SECONDS = 20.0  # of a prompt whose websocket is up, until it is looked 
 _FIRST_POLL, _LONGEST_POLL = 0.25, 2.0  # seconds between look-ups without a websocket
 _LOST_AFTER = 1.0  # seconds between the two look-ups that make a prompt a lost one
 _LATE_HISTORY = 15.0  # seconds that the history may lag behind the events
-_CANCEL_SECONDS = 10.0
+_CANCEL_SECONDS, _CANCEL_ATTEMPTS = 10.0, 3  # a server that is gone has nothing to cancel
 _STEPS = {"execution_start", "execution_cached", "progress"}
 _ENDINGS = {"execution_success", "execution_error", "execution_interrupted"}
 
@@ -174,7 +174,9 @@ class ComfyPrompt:
         # A waiter of its own: the job's has passed its deadline or was cancelled.
         waiter = DeadlineWaiter(_CANCEL_SECONDS)
         try:
-            self._client.http.retry(lambda: self._take_off(waiter), waiter)
+            self._client.http.retry(
+                lambda: self._take_off(waiter), waiter, attempts=_CANCEL_ATTEMPTS
+            )
         except (ServerError, WaitTimeoutError) as error:
             logger.warning("prompt %s on %s may run on: %s", self._id, self._server, error)
 
@@ -336,6 +338,14 @@ class ComfyPrompt:
                     server=self._server,
                 )
             logger.warning("prompt %s on %s made nothing", self._id, self._server)
+        elif 0 < len(made.images) < self._batch.size:
+            logger.warning(
+                "prompt %s on %s made %d of %d images",
+                self._id,
+                self._server,
+                len(made.images),
+                self._batch.size,
+            )
         return BatchResult(
             index=self._batch.index,
             images=made.images,

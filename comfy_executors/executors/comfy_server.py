@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from requests.auth import AuthBase
+
+from comfy_executors.checking import check_nodes, is_warning
 from comfy_executors.clients.comfyui import DEFAULT_PORT, ComfyUIClient
 from comfy_executors.clients.comfyui_events import EventStream
 from comfy_executors.clients.http import Auth, DeadlineWaiter, HttpClient, parse_address
@@ -46,16 +50,18 @@ class ComfyServerWorkflowExecutor(BaseWorkflowExecutor):
         input_base_dir: What templates see before the folder in `input_images_dir`.
         max_workers: How many prompts are kept queued, the running one included.
         headers: Sent with each HTTP call and with the websocket, to this server only.
-        auth: User and password for basic auth, or what `requests` takes.
+        auth: User and password for basic auth, or an `AuthBase` of `requests`.
         verify: Whether TLS certificates are checked, or the path of a CA bundle.
         outage_timeout: Seconds that a server which has answered before may be out of reach (while
             it restarts, say) until the batches that wait for it fail.
 
     Raises:
-        ValueError: The address or a number is none.
+        ValueError: The address or a number is none, or `verify` names no file.
+        TypeError: `headers` or `auth` is of another kind.
     """
 
     _greeted: bool
+    _object_info: dict[str, Any] | None  # once a graph was refused
     _uploads: dict[str, Future[None]]  # by the set's folder, which follows from its content
     _uploads_lock: threading.Lock
 
@@ -68,9 +74,10 @@ class ComfyServerWorkflowExecutor(BaseWorkflowExecutor):
         max_workers: int = 4,
         headers: Mapping[str, str] | None = None,
         auth: Auth | None = None,
-        verify: bool | str = True,
+        verify: bool | str | os.PathLike[str] = True,
         outage_timeout: float = 60.0,
     ) -> None:
+        _check_connection(headers, auth, verify, outage_timeout)
         super().__init__(batch_size, max_workers=max_workers)
         self.input_base_dir = input_base_dir.rstrip("/")
         self.url, user = parse_address(address, DEFAULT_PORT)
@@ -78,7 +85,7 @@ class ComfyServerWorkflowExecutor(BaseWorkflowExecutor):
             self.url,
             headers=headers,
             auth=auth or user,
-            verify=verify,
+            verify=verify if isinstance(verify, bool) else os.fspath(verify),
             outage_timeout=outage_timeout,
             connections=2 * max_workers + 1,
         )
@@ -147,13 +154,39 @@ class ComfyServerWorkflowExecutor(BaseWorkflowExecutor):
         prompt = ComfyPrompt(self._client, self._events, control, job, batch, graph)
         try:
             return prompt.run()
-        except WorkflowRejectedError:
+        except WorkflowRejectedError as error:
             if uploaded or job.input_images is None:
-                raise
+                raise self._explained(error, graph, control) from error
             # Input images that an earlier run uploaded may be gone with the server's disk.
             self._forget_uploads()
             self._upload(job.input_images, control)
         return ComfyPrompt(self._client, self._events, control, job, batch, graph).run()
+
+    def _explained(
+        self, error: WorkflowRejectedError, graph: Graph, control: JobControl
+    ) -> WorkflowRejectedError:
+        """Word a refusal by the server's own description of its nodes.
+
+        A server stops at the first unknown class, blames a bad link on the wrong node, and does
+        not say which names come near.
+        """
+        try:
+            if self._object_info is None:
+                self._object_info = self._client.object_info(control)
+        except ServerError as unavailable:
+            logger.info("%s does not describe its nodes: %s", self.url, unavailable)
+            return error
+        checked = check_nodes(graph, self._object_info)
+        problems = [problem for problem in checked if not is_warning(problem)]
+        if not problems:
+            return error
+        return WorkflowRejectedError(
+            problems,
+            error.message,
+            kind=error.kind,
+            prompt_id=error.prompt_id,
+            server=error.server,
+        )
 
     def _greet(self, control: JobControl) -> None:
         """Make sure, once, that a ComfyUI server is there, before anything is sent to it."""
@@ -205,11 +238,30 @@ class ComfyServerWorkflowExecutor(BaseWorkflowExecutor):
 
     def _reset_knowledge(self) -> None:
         self._greeted = False
+        self._object_info = None
         self._uploads = {}
         self._uploads_lock = threading.Lock()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.url} {super().__repr__().split(' ', 1)[1]}"
+
+
+def _check_connection(headers: object, auth: object, verify: object, outage: Any) -> None:
+    """Refuse what would fail at the first call only; keys may be among it and are not shown."""
+    if headers is not None and not isinstance(headers, Mapping):
+        raise TypeError(f"headers must be a mapping, not {type(headers).__name__}")
+    is_pair = isinstance(auth, tuple) and len(auth) == 2 and all(isinstance(s, str) for s in auth)
+    if auth is not None and not is_pair and not isinstance(auth, AuthBase):
+        raise TypeError(
+            "auth must be a tuple of two strings, user and password, or a requests AuthBase, not "
+            f"this {type(auth).__name__}"
+        )
+    is_path = isinstance(verify, (str, os.PathLike)) and os.path.exists(verify)
+    if not isinstance(verify, bool) and not is_path:
+        raise ValueError(f"verify must be True, False or the path of a CA bundle, not {verify!r}")
+    is_number = isinstance(outage, (int, float)) and not isinstance(outage, bool)
+    if not is_number or not outage > 0:
+        raise ValueError(f"outage_timeout must be a number of seconds above 0, not {outage!r}")
 
 
 def _break_cache(graph: Graph, node_ids: set[str]) -> Graph:

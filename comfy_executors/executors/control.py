@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
@@ -26,6 +27,7 @@ class JobControl:
         self._changed = threading.Condition()
         self._mail: deque[Any] = deque()
         self._cancel_reason: str | None = None
+        self._interrupt: Callable[[], None] | None = None
         self._deadline = run.deadline
         self._limit = f"the run's timeout of {run.options.timeout} s"
         self._has_place = True
@@ -57,7 +59,10 @@ class JobControl:
         """Make the job stop: its next wait, or the present one, raises."""
         with self._changed:
             self._cancel_reason = reason
+            interrupt = self._interrupt
             self._changed.notify_all()
+        if interrupt is not None:
+            interrupt()
 
     def post(self, item: Any, *, wake: bool = True) -> None:
         """Put something into the job's mailbox; any thread may."""
@@ -153,6 +158,22 @@ class JobControl:
     def progress(self, event: ProgressEvent) -> None:
         """Pass a progress event on to the run's `on_progress`."""
         self._run._report(event)
+
+    @contextlib.contextmanager
+    def interrupting(self, interrupt: Callable[[], None]) -> Iterator[None]:
+        """Have a call broken off when the run is cancelled while it is made.
+
+        Args:
+            interrupt: Breaks it off; any thread may call it.
+        """
+        with self._changed:
+            self._check()
+            self._interrupt = interrupt
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._interrupt = None
 
     # Inside.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from comfy_executors.graphs import Graph, is_link, output_nodes
@@ -17,6 +17,7 @@ from comfy_executors.wire import JobGraph
 
 _PREFIX_INPUT = "filename_prefix"
 _DEFAULT_NAME = "ComfyUI"
+_TAGGED = re.compile(r"([0-9a-f]{8}x(\d+)x\d+)_")
 # What is left of an image in PNG, and four characters of base64 for three bytes.
 _BYTES_PER_PIXEL = 3 * 0.7 * 4 / 3
 _DEFAULT_PIXELS = 1024 * 1024
@@ -94,6 +95,21 @@ def join(items: Sequence[JobGraph], tag: str) -> JoinedGraph:
     return JoinedGraph(graph, tuple(item.batch for item in items), owners, origins)
 
 
+def recognise(filenames: Iterable[str], batches: Sequence[int]) -> JoinedGraph:
+    """Make what is left of a joined graph when only its files are known, after a restart.
+
+    Args:
+        filenames: The names of the files.
+        batches: The batches that were in it.
+    """
+    owners: dict[str, Owner] = {}
+    for filename in filenames:
+        match = _TAGGED.match(filename)
+        if match and int(match[2]) in batches:
+            owners[match[1]] = Owner(int(match[2]), "", "")
+    return JoinedGraph({}, tuple(batches), owners, {})
+
+
 def can_be_joined(graph: Graph) -> bool:
     """Tell whether all files that a graph makes can be told apart by their names.
 
@@ -106,22 +122,32 @@ def can_be_joined(graph: Graph) -> bool:
     )
 
 
-def estimate_bytes(graph: Graph, size: int) -> int:
+def estimate_bytes(graph: Graph, size: int, inputs: Collection[bytes] = ()) -> int:
     """Guess the bytes of a batch's images in base64, from the largest size that a graph names.
 
     Args:
         graph: The graph.
         size: How many images the batch makes at once.
+        inputs: The input images, whose size counts where the graph names none.
     """
-    pixels = [_pixels(node["inputs"]) for node in graph.values()]
+    largest = max((_pixels(node["inputs"]) for node in graph.values()), default=0)
+    if not largest:
+        known = [_png_pixels(data) for data in inputs]
+        largest = max(known) if known and all(known) else _DEFAULT_PIXELS
     savers = sum(_PREFIX_INPUT in node["inputs"] for node in graph.values())
-    largest = max(pixels, default=0) or _DEFAULT_PIXELS
     return int(largest * _scale(graph) * _BYTES_PER_PIXEL * size * max(1, savers))
 
 
 def _pixels(inputs: Mapping[str, object]) -> int:
     width, height = inputs.get("width"), inputs.get("height")
     return width * height if isinstance(width, int) and isinstance(height, int) else 0
+
+
+def _png_pixels(data: bytes) -> int:
+    """Return width times height of a PNG, and 0 for anything else."""
+    if not data.startswith(b"\x89PNG\r\n\x1a\n") or len(data) < 24:
+        return 0
+    return int.from_bytes(data[16:20], "big") * int.from_bytes(data[20:24], "big")
 
 
 def _scale(graph: Graph) -> float:

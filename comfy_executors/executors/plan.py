@@ -7,7 +7,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from comfy_executors.errors import GraphError, InputImageError
+from comfy_executors.errors import GraphError, InputImageError, TemplateVariablesError
 from comfy_executors.images import InputImageSet
 from comfy_executors.runs import Batch
 from comfy_executors.workflows import (
@@ -97,7 +97,10 @@ class Plan:
             variables["batch_size"] = size
         if "seed" in self._wants and seed is not None:
             variables["seed"] = seed
-        graph = self._template.render(**variables)
+        try:
+            graph = self._template.render(**variables)
+        except TemplateVariablesError as error:
+            raise _with_arguments(error) from error
         if "seed" not in self._wants:
             self._rendered[size] = graph
         return graph
@@ -143,6 +146,21 @@ class Plan:
         for name in names:
             if name in self._wants and name in self._variables:
                 raise ValueError(f"{name} is an argument of its own and no variable: pass {name}=")
+
+
+def _with_arguments(error: TemplateVariablesError) -> TemplateVariablesError:
+    """Say of missing variables that stand for arguments how these are called."""
+    arguments = {"input_images": "input_images=[…]", "input_images_dir": "input_images=[…]"}
+    arguments["seed"] = "seed=, or leave randomize_seed on"
+    hints = {arguments[name] for name in error.missing if name in arguments}
+    message = "; ".join([error.message, *(f"pass {hint}" for hint in sorted(hints))])
+    return TemplateVariablesError(
+        message,
+        missing=error.missing,
+        unknown=error.unknown,
+        known=error.known,
+        source=error.source,
+    )
 
 
 def _draw_seeds(count: int, seed: int | None, randomize: bool) -> Sequence[int | None]:

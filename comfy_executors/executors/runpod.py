@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from comfy_executors.clients.http import DeadlineWaiter, Waiter
 from comfy_executors.clients.runpod import BASE_URL, RunPodClient
+from comfy_executors.clients.runpod_answers import RunPodHealth
 from comfy_executors.clients.runpod_payload import (
     EXECUTION_TIMEOUT_SECONDS,
     MAX_PAYLOAD_BYTES,
     TTL_SECONDS,
 )
-from comfy_executors.errors import InputImageError
+from comfy_executors.errors import GraphError, InputImageError
 from comfy_executors.executors.base import BaseWorkflowExecutor
 from comfy_executors.executors.control import JobControl
 from comfy_executors.executors.joining import JoinedGraph, join
@@ -22,8 +26,17 @@ from comfy_executors.executors.remote_inputs import RemoteInputImageSet
 from comfy_executors.executors.runpod_job import JobLimits, RunPodJobRun
 from comfy_executors.executors.runpod_official import OfficialWorker
 from comfy_executors.executors.runpod_queue import QueueWatch
+from comfy_executors.graphs import Graph
 from comfy_executors.images import InputImageSet, InputImageSource
-from comfy_executors.runs import Batch, BatchFailure, BatchResult, Job
+from comfy_executors.runs import (
+    Batch,
+    BatchFailure,
+    BatchResult,
+    Job,
+    ProgressCallback,
+    RunOptions,
+    WorkflowRun,
+)
 from comfy_executors.wire import (
     DOCUMENT_KEY,
     JobDocument,
@@ -97,7 +110,69 @@ class RunPodWorkflowExecutor(BaseWorkflowExecutor):
             queue_timeout, execution_timeout, on_uncertain_submit == "resubmit"
         )
         self._watch = QueueWatch(self._client)
+        self._found_worker: str | None = None
         self._official = OfficialWorker(is_known=worker == "worker-comfyui")
+
+    def attach(
+        self,
+        job_id: str,
+        num_batches: int = 1,
+        first_batch: int = 0,
+        *,
+        ordered: bool = False,
+        ignore_errors: bool = False,
+        timeout: float | None = None,
+        on_progress: ProgressCallback | None = None,
+        output_dir: str | os.PathLike[str] | None = None,
+    ) -> WorkflowRun:
+        """Take up a job that an earlier process started, within 30 minutes of its end.
+
+        What that process took out of the job's stream is in the job's final result, as far as
+        that has room (8 MB of outputs, or any number in a bucket). What is nowhere is an error;
+        nothing is run again. Seeds and sizes of the batches are not known.
+
+        Args:
+            job_id: The job, as `ProgressEvent.job_id` and `BatchResult.job_id` tell it.
+            num_batches: How many batches it has.
+            first_batch: The number that its first batch had in its run.
+            ordered, ignore_errors, timeout, on_progress, output_dir: As for `submit_workflow`.
+
+        Returns:
+            A run of these batches, counted from 0.
+
+        Raises:
+            ValueError: An argument is out of its range.
+            ExecutorClosedError: The executor is closed.
+        """
+        if num_batches < 1 or first_batch < 0:
+            raise ValueError("num_batches must be at least 1, and first_batch at least 0")
+        batches = [Batch(index, 1, None, _unknown_graph) for index in range(num_batches)]
+        options = RunOptions(
+            ordered=ordered,
+            ignore_errors=ignore_errors,
+            timeout=timeout,
+            on_progress=on_progress,
+            output_dir=None if output_dir is None else Path(output_dir),
+        )
+        return self._start(
+            batches, _AttachedJob((), job_id=job_id, first_batch=first_batch), options
+        )
+
+    def health(self, waiter: Waiter | None = None) -> RunPodHealth:
+        """Ask for the endpoint's counts of jobs and workers.
+
+        Args:
+            waiter: The deadline; 30 seconds by default.
+
+        Raises:
+            ServerError: RunPod does not answer, or does not know the endpoint or the key.
+        """
+        return self._client.health(waiter or DeadlineWaiter(30.0))
+
+    @property
+    def found_worker(self) -> str | None:
+        """What the endpoint runs, in the words of `worker`, once a job has told; or None."""
+        return self._found_worker
 
     def _load_inputs(self, sources: Sequence[InputImageSource]) -> InputImageSet:
         images = RemoteInputImageSet(sources)
@@ -106,24 +181,31 @@ class RunPodWorkflowExecutor(BaseWorkflowExecutor):
         return images
 
     def _job_size(self, batches: Sequence[Batch], job: Job) -> int:
+        if isinstance(job, _AttachedJob):
+            return len(batches)
         first = _job_graph(batches[0])
         wanted = min(len(batches), self.batches_per_job or len(batches))
+        files = job.input_images.files.values() if job.input_images else ()
         if self._official.is_known:
-            self._official.warn_of_size(first)
-            return min(wanted, self._official.fitting(first) or wanted)
-        images = job.input_images
-        inputs = sum(map(len, images.files.values())) * 4 // 3 if images else 0
+            self._official.warn_of_size(first, files)
+            return min(wanted, self._official.fitting(first, files) or wanted)
+        inputs = sum(map(len, files)) * 4 // 3
         # A graph travels twice where the request is for both workers.
         graph = len(json.dumps(first.graph)) * (2 if self.worker == "auto" else 1) + 200
         return max(1, min(wanted, (_ROOM_BYTES - inputs) // graph))
 
     def _run_job(self, job: Job, control: JobControl) -> Iterator[BatchResult | BatchFailure]:
+        if isinstance(job, _AttachedJob):
+            yield from self._follow_attached(job, control)
+            return
         batches = {batch.index: batch for batch in job.batches}
         waiting = [_job_graph(batch) for batch in job.batches]
         most = len(waiting)
         while waiting:
             joined = self._join_graphs(waiting[:most], job, control)
-            run = self._new_run({item.batch: batches[item.batch] for item in waiting}, joined, control)
+            run = self._new_run(
+                {item.batch: batches[item.batch] for item in waiting}, joined, control
+            )
             try:
                 run.submit(self._request(waiting, joined, job, control), control.job_id)
                 yield from run.follow()
@@ -131,12 +213,14 @@ class RunPodWorkflowExecutor(BaseWorkflowExecutor):
                 run.cancel()
                 raise
             if run.started or joined is None:
+                self._found_worker = "comfy-executors" if run.started else self._found_worker
                 run.raise_for_rest()
                 return
             # One graph for all that fit into a result: the others are still to be done.
             shares = self._official.settle(
                 run.output, run.status, joined, batches, control, self.url
             )
+            self._found_worker = "worker-comfyui" if self._official.is_known else None
             yield from shares.results
             done = set(joined.batches)
             if shares.missing and shares.can_be_repeated and len(joined.batches) > 1:
@@ -148,6 +232,25 @@ class RunPodWorkflowExecutor(BaseWorkflowExecutor):
                     yield BatchFailure(index, copy.copy(shares.error))
             waiting = [item for item in waiting if item.batch not in done]
 
+    def _follow_attached(
+        self, job: _AttachedJob, control: JobControl
+    ) -> Iterator[BatchResult | BatchFailure]:
+        batches = {job.first_batch + batch.index: batch for batch in job.batches}
+        run = RunPodJobRun(self._client, control, batches, self._limits, self._watch)
+        run.attach(job.job_id)
+        try:
+            yield from run.follow()
+        except BaseException:
+            run.cancel()
+            raise
+        if run.output is None:
+            run.raise_for_rest()
+            return
+        shares = self._official.settle(run.output, run.status, None, batches, control, self.url)
+        yield from shares.results
+        for number in shares.missing:
+            yield BatchFailure(batches[number].index, copy.copy(shares.error))
+
     def _join_graphs(
         self, waiting: Sequence[JobGraph], job: Job, control: JobControl
     ) -> JoinedGraph | None:
@@ -156,7 +259,8 @@ class RunPodWorkflowExecutor(BaseWorkflowExecutor):
         has_urls = isinstance(images, RemoteInputImageSet) and any(f.url for f in images.inputs)
         if self.worker == "comfy-executors" or has_urls:
             return None
-        fitting = self._official.fitting(waiting[0]) or len(waiting)
+        files = images.files.values() if images else ()
+        fitting = self._official.fitting(waiting[0], files) or len(waiting)
         # Files of a job that runs twice, and of other jobs, are never overwritten or mixed up.
         return join(waiting[:fitting], control.job_id.partition("-")[0])
 
@@ -211,6 +315,18 @@ class RunPodWorkflowExecutor(BaseWorkflowExecutor):
 
 
 RunpodComfyWorkflowExecutor = RunPodWorkflowExecutor
+
+
+@dataclass(frozen=True)
+class _AttachedJob(Job):
+    """A job that another process submitted."""
+
+    job_id: str = ""
+    first_batch: int = 0
+
+
+def _unknown_graph(batch: Batch) -> Graph:
+    raise GraphError("the graphs of a job that another process submitted are not known")
 
 
 def _job_graph(batch: Batch) -> JobGraph:

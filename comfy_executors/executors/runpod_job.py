@@ -76,7 +76,7 @@ class RunPodJobRun:
     Args:
         client: The endpoint.
         control: The deadline, the cancel signal and the progress of the job.
-        batches: Its batches by index.
+        batches: Its batches by their number in the job.
         limits: Its limits.
         watch: Who explains a queue that does not move.
         announced: The batches of a worker that tells no progress: they count as started when the
@@ -142,6 +142,10 @@ class RunPodJobRun:
         logger.info("job %s on %s has batches %s", job.id, self._client.url, [*self._batches])
         for index in self._batches:
             self._control.progress(ProgressEvent("queued", index, job_id=job.id))
+
+    def attach(self, job_id: str) -> None:
+        """Take up a job that was submitted before."""
+        self.job_id = job_id
 
     def cancel(self) -> None:
         """Cancel the job on RunPod unless it has ended; a failure to do so is logged."""
@@ -234,7 +238,9 @@ class RunPodJobRun:
         words = self._watch.explain(self._control)
         if words:
             for index in self._assembler.unsettled[:1]:
-                event = ProgressEvent("waiting", index, message=words, job_id=self.job_id)
+                event = ProgressEvent(
+                    "waiting", self._batches[index].index, message=words, job_id=self.job_id
+                )
                 self._control.progress(event)
 
     # What comes.
@@ -254,14 +260,15 @@ class RunPodJobRun:
         elif isinstance(news, Progress):
             self._report(news)
         elif isinstance(news, Failed) and news.batch is not None:
-            return BatchFailure(news.batch, self.name_job(news.error))
+            return BatchFailure(self._batches[news.batch].index, self.name_job(news.error))
         elif isinstance(news, CompleteBatch):
             return self._result(news)
         return None
 
     def _report(self, news: Progress) -> None:
         if news.event.kind != "queued":  # which it was on RunPod
-            event = ProgressEvent(batch=news.batch, job_id=self.job_id, **vars(news.event))
+            index = self._batches[news.batch].index
+            event = ProgressEvent(batch=index, job_id=self.job_id, **vars(news.event))
             self._control.progress(event)
 
     def name_job(self, error: ComfyExecutorsError) -> ComfyExecutorsError:

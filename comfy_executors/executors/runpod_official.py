@@ -7,7 +7,7 @@ import binascii
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -21,7 +21,13 @@ from comfy_executors.errors import (
     ServerResponseError,
     WorkflowError,
 )
-from comfy_executors.executors.joining import JoinedGraph, Owner, can_be_joined, estimate_bytes
+from comfy_executors.executors.joining import (
+    JoinedGraph,
+    Owner,
+    can_be_joined,
+    estimate_bytes,
+    recognise,
+)
 from comfy_executors.images import WorkflowOutput, WorkflowOutputImage, kind_of
 from comfy_executors.runs import Batch, BatchResult
 from comfy_executors.wire import JobGraph
@@ -141,20 +147,20 @@ class OfficialWorker:
 
     def __init__(self, is_known: bool) -> None:
         self.is_known = is_known
-        self._passes_last_image_only = False
+        self._wants_one_by_one = False
         self._has_bucket = False
 
-    def fitting(self, item: JobGraph) -> int | None:
+    def fitting(self, item: JobGraph, inputs: Collection[bytes]) -> int | None:
         """Return how many such batches one job's result has room for, at least 1; None for all."""
-        if self._passes_last_image_only or not can_be_joined(item.graph):
+        if self._wants_one_by_one or not can_be_joined(item.graph):
             return 1
         if self._has_bucket:
             return None
-        return max(1, RESULT_BYTES // estimate_bytes(item.graph, item.size))
+        return max(1, RESULT_BYTES // estimate_bytes(item.graph, item.size, inputs))
 
-    def warn_of_size(self, item: JobGraph) -> None:
+    def warn_of_size(self, item: JobGraph, inputs: Collection[bytes]) -> None:
         """Log a warning for a batch whose result is likely to be lost."""
-        estimate = estimate_bytes(item.graph, item.size)
+        estimate = estimate_bytes(item.graph, item.size, inputs)
         if estimate > RESULT_BYTES and not self._has_bucket:
             logger.warning(
                 "the images of one batch are about %.0f MB, and RunPod loses results of "
@@ -167,7 +173,7 @@ class OfficialWorker:
         self,
         output: Any,
         status: RunPodStatus | None,
-        joined: JoinedGraph,
+        joined: JoinedGraph | None,
         batches: Mapping[int, Batch],
         waiter: Waiter,
         server: str,
@@ -177,8 +183,8 @@ class OfficialWorker:
         Args:
             output: The output, or None.
             status: RunPod's last word on the job.
-            joined: The graph that was run.
-            batches: The batches by index.
+            joined: The graph that was run; None where nobody knows it any more.
+            batches: The batches by their number in the job.
             waiter: The deadline of downloads.
             server: The endpoint's address.
 
@@ -194,11 +200,18 @@ class OfficialWorker:
                 error, (RunPodJobFailedError, JobResultLostError)
             ):
                 raise error
-            return Shares([], [*joined.batches], error, "validation" not in str(error).lower())
+            numbers = [*(batches if joined is None else joined.batches)]
+            return Shares([], numbers, error, "validation" not in str(error).lower())
         answer = parse_official(output)
+        if joined is None:
+            joined = recognise((file.name for file in answer.files), [*batches])
         self.is_known = True
-        self._passes_last_image_only = answer.is_old
         self._has_bucket = self._has_bucket or any(file.url for file in answer.files)
+        if len(joined.batches) > 1 and not all(joined.find(file.name) for file in answer.files):
+            # An old worker that says no names, or a node that gives its files names of its own.
+            self._wants_one_by_one = True
+            error = _failure_of(answer, status.id, server)
+            return Shares([], [*joined.batches], error, can_be_repeated=True)
         return _share_out(answer, joined, batches, waiter, status.id, server)
 
 
@@ -218,14 +231,9 @@ def _share_out(
     found: dict[int, list[WorkflowOutput]] = defaultdict(list)
     for file in answer.files:
         owner, name = _owner_of(file, joined)
-        if owner is None:
-            logger.warning("job %s: %r belongs to no batch", job_id, file.name)
-            continue
         data = file.data if file.data is not None else fetch_result(file.url or "", waiter)
         found[owner.batch].append(_output(data, name, owner, batches[owner.batch], server))
-    shares = Shares(
-        [], [], _failure_of(answer, job_id, server), bool(answer.errors or answer.is_old)
-    )
+    shares = Shares([], [], _failure_of(answer, job_id, server), bool(answer.errors))
     for index in joined.batches:
         savers = sum(owner.batch == index for owner in joined.owners.values())
         wanted = batches[index].size * max(1, savers) if answer.errors else 1
@@ -236,12 +244,10 @@ def _share_out(
     return shares
 
 
-def _owner_of(file: OfficialFile, joined: JoinedGraph) -> tuple[Owner | None, str]:
+def _owner_of(file: OfficialFile, joined: JoinedGraph) -> tuple[Owner, str]:
     found = joined.find(file.name)
     if found is not None:
         return found
-    if len(joined.batches) > 1:
-        return None, file.name
     name = file.name or os.path.basename(unquote(urlsplit(file.url or "").path)) or _NO_NAME
     return Owner(joined.batches[0], "", ""), name
 

@@ -6,12 +6,13 @@ import argparse
 import os
 import sys
 
-from . import importing, memory, throughput
+from . import importing, memory, runpod, throughput
 
 _BENCHMARKS = {
     "import": importing.measure,
     "throughput": throughput.measure,
     "memory": memory.measure,
+    "runpod": runpod.measure,
 }
 
 

@@ -83,7 +83,7 @@ def _runpod(**settings: Any) -> Iterator[Backend]:
     pytest.importorskip("runpod", reason="the RunPod SDK from 1.12 on needs Python 3.10")
     from comfy_executors.testing import RunPodStub, RunPodWorkerProcess
 
-    with DevServer() as server, RunPodStub(api_key="hush-hush") as stub:
+    with DevServer() as server, RunPodStub(api_key="hush-hush") as stub:  # noqa: SIM117
         with RunPodWorkerProcess(stub, server.address):
             yield Backend(
                 lambda **options: RunPodWorkflowExecutor(

@@ -166,8 +166,8 @@ def test_what_progress_raises_is_logged(submit: Submit, caplog: pytest.LogCaptur
         raise ZeroDivisionError
 
     assert len(submit(8, on_progress=fail).result(DEADLINE)) == 8
-    logged = [r for r in caplog.records if r.message == "on_progress raised; the run goes on"]
-    assert len(logged) >= 2
+    logged = [r for r in caplog.records if r.message.startswith("on_progress raised")]
+    assert len(logged) == 1
     assert all(r.exc_info and r.exc_info[0] is ZeroDivisionError for r in logged)
 
 

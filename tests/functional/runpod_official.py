@@ -10,6 +10,7 @@ import base64
 import os
 import time
 import uuid
+from importlib import import_module
 from typing import Any
 
 import requests
@@ -25,7 +26,7 @@ def handler(job: dict[str, Any]) -> dict[str, Any]:
         return {"error": "Missing 'workflow' parameter"}
     for image in request.get("images") or ():
         data = base64.b64decode(image["image"].split(",", 1)[-1])
-        files = {"image": (image["name"], data, "image/png"), "overwrite": (None, "true")}
+        files: Any = {"image": (image["name"], data, "image/png"), "overwrite": (None, "true")}
         _checked(requests.post(f"{COMFYUI}/upload/image", files=files, timeout=30))
     body = {"prompt": workflow, "client_id": str(uuid.uuid4())}
     answer = requests.post(f"{COMFYUI}/prompt", json=body, timeout=30)
@@ -72,6 +73,4 @@ def _checked(answer: requests.Response) -> Any:
 
 
 if __name__ == "__main__":
-    import runpod
-
-    runpod.serverless.start({"handler": handler})
+    import_module("runpod").serverless.start({"handler": handler})

@@ -241,7 +241,7 @@ USAGE = [
     (["run", "bench.jinja", "--var", "fail=x", "--var", "fail=y"], "given twice"),
     (["run", "bench.jinja", "--var", "batch_size=2"], "filled in by --batch-size"),
     (["run", "bench.jinja", "--input", "none.png"], "none.png': No such file or directory"),
-    (["run", "bench.jinja", "--output", "bench.jinja"], "cannot make the folder bench.jinja"),
+    (["run", "bench.jinja", "--output", "bench.jinja"], "output_dir bench.jinja is a file, not a folder"),
     (["run", "bench.jinja", "--server", "ftp://host"], "not an address"),
     (["run", str(DEMO)], "give them with --var prompt=TEXT"),
     (["devserver", "--port", "70000"], "a whole number from 0 to 65535"),

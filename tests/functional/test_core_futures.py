@@ -153,7 +153,7 @@ def test_on_progress_may_raise_and_even_exit(caplog: pytest.LogCaptureFixture) -
 
     with GatedExecutor(run_freely) as executor:
         assert len(executor.submit(5, on_progress=exit_now).result(DEADLINE)) == 5
-    assert len(caplog.records) == 10
+    assert len(caplog.records) == 1  # and not once for each of the ten events
 
 
 def test_on_progress_is_called_by_one_thread_at_a_time() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -9,9 +10,9 @@ import struct
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 from runpod_worker import PATIENCE, HandWorker, client_of, submit, waiter
@@ -211,6 +212,9 @@ class _Cancelled:
         if self.event.is_set():
             raise WorkflowCancelledError("cancelled")
         return seconds
+
+    def interrupting(self, interrupt: Callable[[], None]) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
 
 class _Impatient(_Cancelled):

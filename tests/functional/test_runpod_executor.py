@@ -8,6 +8,7 @@ import pickle
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from server_kit import ENDLESS, PATIENCE, bench, bench_graph, ended, loading, se
 
 from comfy_executors import (
     InputImageError,
+    JobExpiredError,
     JobInterruptedError,
     JobTimeoutError,
     NodeExecutionError,
@@ -24,9 +26,11 @@ from comfy_executors import (
     RunPodWorkflowExecutor,
     SubmitUncertainError,
     WorkerLostError,
+    WorkflowCancelledError,
     WorkflowError,
     WorkflowTemplate,
 )
+from comfy_executors.cli import main
 from comfy_executors.clients.http import DeadlineWaiter
 from comfy_executors.devserver import DevServer
 from comfy_executors.executors import runpod_job
@@ -39,7 +43,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 @pytest.fixture(scope="module")
 def site() -> Iterator[tuple[DevServer, RunPodStub]]:
-    with DevServer() as server, RunPodStub() as stub:
+    with DevServer() as server, RunPodStub() as stub:  # noqa: SIM117  too long for Python 3.9
         with RunPodWorkerProcess(stub, server.address) as worker:
             yield server, stub
             print(worker.log)  # shown when a test fails
@@ -348,25 +352,120 @@ def test_stopping_leaves_nothing_running(
     make: Make, stub: RunPodStub, server: DevServer, how: str
 ) -> None:
     executor = make()
-    limits = {how: 1.0} if "timeout" in how else {}
+    limits: dict[str, Any] = {how: 1.0} if "timeout" in how else {}
     running = threading.Event()
     run = executor.submit_workflow(
         bench(ENDLESS, steps=1000),
         num_samples=3,
-        on_progress=lambda event: event.kind == "started" and running.set(),
+        on_progress=lambda event: running.set() if event.kind == "started" else None,
         **limits,
     )
     if how == "cancel":
         assert running.wait(PATIENCE)
         run.cancel()
     elif how == "with":
-        with pytest.raises(ZeroDivisionError), executor:
+        with pytest.raises(ZeroDivisionError), executor:  # noqa: PT012
             assert running.wait(PATIENCE)
             raise ZeroDivisionError
     with pytest.raises(WorkflowError):
         run.result(PATIENCE)
     idle(server)
     stub.wait_for(lambda s: s.jobs[0].status in ("CANCELLED", "COMPLETED"), PATIENCE)
+
+
+# Taking up a job of another process.
+
+
+def abandoned(make: Make, stub: RunPodStub, count: int, **options: Any) -> str:
+    """Submit a job whose process is gone after the first image."""
+    run = make(**options).submit_workflow(bench(0.1), num_samples=count)
+    next(run)
+    stub.wait_for(lambda s: s.jobs[0].status == "COMPLETED", PATIENCE)
+    return stub.jobs[0].id
+
+
+def test_a_job_can_be_taken_up_again(make: Make, stub: RunPodStub) -> None:
+    job_id = abandoned(make, stub, 3)
+    run = make().attach(job_id, 3)
+    results = [future.result(PATIENCE) for future in run.futures]
+    assert [len(result.images) for result in results] == [1, 1, 1]
+    assert [result.job_id for result in results] == [job_id] * 3
+    assert len(stub.jobs) == 1
+
+
+def test_a_later_job_of_a_run_can_be_taken_up(make: Make, stub: RunPodStub) -> None:
+    make(batches_per_job=2, max_workers=1).submit_workflow(bench(), num_samples=4).result(PATIENCE)
+    run = make().attach(stub.jobs[1].id, 2, first_batch=2)
+    assert [image.batch_index for image in run.result(PATIENCE)] == [0, 1]
+
+
+def test_a_job_that_is_gone_cannot_be_taken_up(make: Make, stub: RunPodStub) -> None:
+    run = make().attach("no-such-job", 2)
+    with pytest.raises(JobExpiredError) as caught:
+        run.result(PATIENCE)
+    assert caught.value.job_id == "no-such-job"
+    assert stub.calls["run"] == 0
+
+
+def test_a_running_job_can_be_taken_up_and_cancelled(
+    make: Make, stub: RunPodStub, server: DevServer
+) -> None:
+    make().submit_workflow(bench(ENDLESS, steps=1000))
+    server.wait_for(lambda s: statuses(s)["running"] == 1, PATIENCE)
+    following = threading.Event()
+    run = make().attach(stub.jobs[0].id, on_progress=lambda event: following.set())
+    assert following.wait(PATIENCE)
+    run.cancel()
+    with pytest.raises(WorkflowCancelledError):
+        run.futures[0].result(PATIENCE)
+    idle(server)
+    assert stub.jobs[0].status == "CANCELLED"
+
+
+# The command line.
+
+
+@pytest.fixture
+def command(stub: RunPodStub, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    monkeypatch.setenv("RUNPOD_API_KEY", stub.api_key)
+    monkeypatch.setenv("RUNPOD_ENDPOINT_BASE_URL", stub.url)
+    return lambda *arguments: main(arguments)
+
+
+def test_run_on_runpod(
+    command: Callable[..., int], stub: RunPodStub, tmp_path: Path, capfd: Any
+) -> None:
+    (tmp_path / "t.json").write_text(json.dumps(bench_graph()))
+    arguments = ("--num-samples", "3", "--batches-per-job", "2", "--output", str(tmp_path / "out"))
+    assert command("run", str(tmp_path / "t.json"), "--runpod", stub.endpoint_id, *arguments) == 0
+    assert sorted(capfd.readouterr().out.split()) == sorted(map(str, (tmp_path / "out").iterdir()))
+    assert len(stub.jobs) == 2
+
+
+def test_health(command: Callable[..., int], stub: RunPodStub, capfd: Any) -> None:
+    assert command("runpod", "health", stub.endpoint_id, "--json") == 0
+    assert set(json.loads(capfd.readouterr().out)) == {"jobs", "workers"}
+    assert command("runpod", "health", stub.endpoint_id) == 0
+    assert capfd.readouterr().out.startswith("jobs: 0 completed, 0 failed, 0 in progress")
+    assert command("runpod", "health", "no-such-endpoint") == 3
+
+
+def test_smoke(command: Callable[..., int], stub: RunPodStub, capfd: Any) -> None:
+    assert command("runpod", "smoke", stub.endpoint_id) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert [line.split(" s  ")[1].split(" of job")[0] for line in lines[1:]] == [
+        "batch 0", "batch 1", "the worker is comfy-executors", "a cancelled job stops",
+    ]  # fmt: skip
+
+
+def test_a_wrong_key(
+    command: Callable[..., int], stub: RunPodStub, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.setenv("RUNPOD_API_KEY", "hush")
+    assert command("runpod", "smoke", stub.endpoint_id) == 1
+    shown = capfd.readouterr().err
+    assert "RUNPOD_API_KEY" in shown
+    assert "hush" not in shown
 
 
 def test_few_calls_are_made(make: Make, stub: RunPodStub) -> None:

@@ -116,7 +116,7 @@ def text_to_image() -> dict[str, Any]:
 def image_to_image() -> dict[str, Any]:
     graph = {**loader(), "1": node("LoadImage", image="{{ input_images[0] }}")}
     graph["2"] = node("VAEEncode", pixels=["1", 0], vae=["4", 2])
-    graph["5"] = node("EmptyLatentImage", width=64, height=64, batch_size=1)
+    del graph["5"]
     return {**graph, "3": sampler("2", denoise=0.6), **saved("3", "9")}
 
 
@@ -218,9 +218,7 @@ def test_only_official_fields_for_the_official_worker(make: Make, stub: RunPodSt
 
 
 @pytest.mark.parametrize("worker", ["auto", "worker-comfyui"])
-def test_a_job_takes_what_a_result_has_room_for(
-    make: Make, stub: RunPodStub, worker: str
-) -> None:
+def test_a_job_takes_what_a_result_has_room_for(make: Make, stub: RunPodStub, worker: str) -> None:
     graph = text_to_image()
     graph["5"]["inputs"].update(width=1024, height=1024)
     run = make(worker, max_workers=1).submit_workflow(template_of(graph), num_samples=5)
@@ -244,9 +242,7 @@ def failing(condition: str) -> WorkflowTemplate:
 
 
 def test_one_bad_batch_does_not_spoil_the_others(make: Make, stub: RunPodStub) -> None:
-    run = make().submit_workflow(
-        failing("seed == 2"), num_samples=4, seed=1, ignore_errors=True
-    )
+    run = make().submit_workflow(failing("seed == 2"), num_samples=4, seed=1, ignore_errors=True)
     assert Counter(image.batch_index for image in run) == {0: 1, 2: 1, 3: 1}
     error: Any = run.errors[1]
     assert isinstance(error, RunPodJobFailedError)

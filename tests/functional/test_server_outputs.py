@@ -16,7 +16,7 @@ from comfy_executors import (
     WorkflowTemplate,
 )
 from comfy_executors.devserver import DevServer
-from tests.functional.server_kit import ENDLESS, PATIENCE, bench_graph, ended, statuses
+from server_kit import ENDLESS, PATIENCE, bench_graph, ended, statuses
 
 
 def two_samplers(second: dict[str, object]) -> WorkflowTemplate:

@@ -14,12 +14,9 @@ from worker_kit import Answer, bench_document, document, node, put_together
 
 from comfy_executors import wire
 from comfy_executors.devserver import DevServer
-from comfy_executors.errors import (
-    OutputFileError,
-)
+from comfy_executors.errors import OutputFileError
 from comfy_executors.workers.engine import Engine, Execution
 from comfy_executors.workers.storage import S3Storage
-
 
 # On Python 3.9 boto3 says goodbye to it.
 pytestmark = pytest.mark.filterwarnings("ignore:Boto3 will no longer support:Warning")

@@ -14,11 +14,8 @@ from worker_kit import HOSTILE, bench_document, document, node, put_together
 
 from comfy_executors import wire
 from comfy_executors.devserver import DevServer
-from comfy_executors.errors import (
-    InputImageError,
-)
+from comfy_executors.errors import InputImageError
 from comfy_executors.workers.runpod_handler import RunPodWorker, _Result, engine_from_environment
-
 
 # On Python 3.9 boto3 says goodbye to it.
 pytestmark = pytest.mark.filterwarnings("ignore:Boto3 will no longer support:Warning")

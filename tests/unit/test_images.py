@@ -261,10 +261,10 @@ def test_a_slash_makes_it_a_folder(tmp_path: Path) -> None:
     assert _output().save(f"{tmp_path}/new/") == tmp_path / "new" / "a.png"
 
 
-def test_without_a_slash_what_does_not_exist_is_a_file(tmp_path: Path) -> None:
+def test_what_has_an_ending_is_a_file_and_what_has_none_is_a_folder(tmp_path: Path) -> None:
     output = _output(subfolder="ignored")
     assert output.save(tmp_path / "deep" / "fox.png") == tmp_path / "deep" / "fox.png"
-    assert output.save(tmp_path / "new") == tmp_path / "new"
+    assert output.save(tmp_path / "new") == tmp_path / "new" / "ignored" / "a.png"
 
 
 def test_saving_twice_makes_two_files(tmp_path: Path) -> None:

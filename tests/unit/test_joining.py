@@ -19,7 +19,9 @@ GRAPH = {
     "load": node("CheckpointLoaderSimple", ckpt_name="a.safetensors"),
     "text": node("CLIPTextEncode", clip=["load", 1], text="a fox"),
     "latent": node("EmptyLatentImage", width=512, height=256, batch_size=2),
-    "sample": node("KSampler", seed=0, model=["load", 0], latent_image=["latent", 0], p=["text", 0]),
+    "sample": node(
+        "KSampler", seed=0, model=["load", 0], latent_image=["latent", 0], p=["text", 0]
+    ),
     "save": node("SaveImage", images=["sample", 0], filename_prefix="sub/fox"),
 }
 
@@ -121,6 +123,7 @@ def test_which_graphs_can_be_joined() -> None:
     graph = copy.deepcopy(GRAPH)
     assert can_be_joined(graph)
     assert can_be_joined({**graph, "p": node("PreviewImage", images=["sample", 0])})
+    assert can_be_joined({**graph, "unused": node("EmptyLatentImage", width=8, height=8)})
     assert not can_be_joined({**graph, "w": node("SaveImageWebsocket", images=["sample", 0])})
 
 
@@ -130,4 +133,8 @@ def test_estimates() -> None:
     assert estimate_bytes(GRAPH, 4) == pytest.approx(4 * one, abs=4)
     upscaled = {**GRAPH, "up": node("ImageScaleBy", image=["sample", 0], scale_by=2.0)}
     assert estimate_bytes(upscaled, 1) == pytest.approx(4 * one, abs=4)
-    assert estimate_bytes({"s": GRAPH["save"]}, 1) == int(1024 * 1024 * 2.8)
+    unsized = {"s": GRAPH["save"]}
+    assert estimate_bytes(unsized, 1) == int(1024 * 1024 * 2.8)
+    png = b"\x89PNG\r\n\x1a\n" + bytes(8) + bytes([0, 0, 0, 100, 0, 0, 1, 0])
+    assert estimate_bytes(unsized, 1, [png]) == pytest.approx(100 * 256 * 2.8, abs=2)
+    assert estimate_bytes(unsized, 1, [png, b"JPEG"]) == int(1024 * 1024 * 2.8)

@@ -1,0 +1,160 @@
+"""Connections on which no read outlasts its call's deadline, or its cancellation.
+
+A socket's timeout counts from byte to byte: a server that sends one now and then can hold a thread
+for ever, and a thread that waits for the first one notices nothing else. So each read asks the
+guard of its call for how long it may wait, and another thread can break the wait off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import io
+import socket
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import urllib3
+from requests.adapters import HTTPAdapter
+from urllib3.connection import HTTPConnection, HTTPSConnection
+
+from comfy_executors.errors import ComfyExecutorsError
+
+_current = threading.local()
+
+
+class CallGuard:
+    """Watches over one call, which is made within `with`, on one thread.
+
+    Args:
+        limit: Shortens a number of seconds to what the call's deadline leaves, or raises.
+        read_seconds: How long one read may wait, and how long all of an answer's head may take.
+    """
+
+    def __init__(self, limit: Callable[[float], float], read_seconds: float) -> None:
+        self._limit = limit
+        self._read_seconds = read_seconds
+        self._lock = threading.Lock()
+        self._connection: http.client.HTTPConnection | None = None
+        self._interrupted = False
+        self._head_until: float | None = None
+
+    def __enter__(self) -> CallGuard:
+        _current.guard = self
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        _current.guard = None
+        with self._lock:
+            self._connection = None  # from here on it may be another call's
+
+    def interrupt(self) -> None:
+        """Break the call off; any thread may."""
+        with self._lock:
+            self._interrupted = True
+            sock = self._connection.sock if self._connection is not None else None
+            if sock is not None:
+                with contextlib.suppress(OSError):  # it is closed already
+                    # Not through the TLS layer, which would end under its reader's hands.
+                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+    def head_is_here(self) -> None:
+        """Say that the answer's head has come; its body may take longer."""
+        self._head_until = None
+
+    def enter(self, connection: http.client.HTTPConnection) -> None:
+        """Take note of the connection that the call uses."""
+        with self._lock:
+            self._connection = connection
+
+    def wait_for_head(self) -> None:
+        """Say that the request is sent."""
+        self._head_until = time.monotonic() + self._read_seconds
+
+    def seconds_to_read(self) -> float:
+        """Tell for how long the next read may wait; TimeoutError when the call is over."""
+        try:
+            left = self._limit(self._read_seconds)
+        except ComfyExecutorsError as error:
+            raise TimeoutError(str(error)) from error
+        if self._head_until is not None:
+            left = min(left, self._head_until - time.monotonic())
+        if self._interrupted or left <= 0:
+            raise TimeoutError("the call was broken off")
+        return left
+
+
+class _GuardedIO(io.RawIOBase):
+    def __init__(self, raw: io.RawIOBase, sock: socket.socket, guard: CallGuard) -> None:
+        self._raw = raw
+        self._sock = sock
+        self._guard = guard
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        self._sock.settimeout(self._guard.seconds_to_read())
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        guard: CallGuard | None = getattr(_current, "guard", None)
+        if guard is not None:
+            guard.wait_for_head()
+            raw: Any = self.fp.detach()
+            self.fp = io.BufferedReader(_GuardedIO(raw, sock, guard))
+
+
+class _Guarded:
+    def request(self, *args: Any, **kwargs: Any) -> Any:
+        guard: CallGuard | None = getattr(_current, "guard", None)
+        if guard is not None:
+            guard.enter(self)  # type: ignore[arg-type]
+        return super().request(*args, **kwargs)  # type: ignore[misc]
+
+
+class _HTTPConnection(_Guarded, HTTPConnection):
+    response_class = _Response
+
+
+class _HTTPSConnection(_Guarded, HTTPSConnection):
+    response_class = _Response
+
+
+class _HTTPPool(urllib3.HTTPConnectionPool):
+    ConnectionCls = _HTTPConnection
+
+
+class _HTTPSPool(urllib3.HTTPSConnectionPool):
+    ConnectionCls = _HTTPSConnection
+
+
+_POOLS = {"http": _HTTPPool, "https": _HTTPSPool}
+
+
+class GuardedAdapter(HTTPAdapter):
+    """The adapter of requests, on connections that heed the `CallGuard` of their call."""
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, **kwargs)
+        self.poolmanager.pool_classes_by_scheme = _POOLS
+
+    def proxy_manager_for(self, *args: Any, **kwargs: Any) -> Any:
+        manager = super().proxy_manager_for(*args, **kwargs)
+        manager.pool_classes_by_scheme = _POOLS
+        return manager
