@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,6 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return USAGE
     args = parser.parse_args(arguments)
+    if getattr(args, "verify", True) is False:
+        # Whoever says --insecure knows, and need not read it again among the results.
+        warnings.filterwarnings("ignore", "Unverified HTTPS request")
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A path that the terminal's encoding does not have must not end a run.
         sys.stdout.reconfigure(errors="backslashreplace")

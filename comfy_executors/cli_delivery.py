@@ -210,9 +210,7 @@ class Delivery:
         ends = [f"{counted(failed, 'batch')} failed"] if failed else []
         ends += [f"{counted(cancelled, 'batch')} cancelled"] if cancelled else []
         tell = self._display.error if self._is_short(wanted) else self._display.note
-        tell(
-            "; ".join([f"{images}{files} in {self._output} after {seconds:.1f} s", *ends])
-        )
+        tell("; ".join([f"{images}{files} in {self._output} after {seconds:.1f} s", *ends]))
 
     def _is_short(self, wanted: int) -> bool:
         return self._fell_short and self._images < wanted
@@ -291,6 +289,8 @@ def _hint(error: ComfyExecutorsError) -> str:
         return ""
     if isinstance(error, AuthenticationError):
         return "send a key with --header 'Name: value'"
+    if isinstance(error, ServerUnreachableError) and "pass verify=" in str(error):
+        return "--ca FILE names that CA"
     if isinstance(error, ServerUnreachableError):
         return "--server names another one; `comfy-executors demo` needs none"
     if isinstance(error, WorkflowRejectedError):

@@ -21,6 +21,7 @@ from comfy_executors.errors import (
     WorkflowInterruptedError,
     WorkflowRejectedError,
 )
+from comfy_executors.images import kind_of
 from comfy_executors.workflows import Graph, class_type, node_title
 
 DEFAULT_PORT = 8188
@@ -189,8 +190,8 @@ class ComfyUIClient:
     def view(self, name: str, subfolder: str, type: str, waiter: Waiter) -> bytes | None:
         """Return the bytes of a file, or None when the server does not have it.
 
-        An HTML page or nothing at all, as proxies answer with status 200 while a server is away,
-        is no such file unless its name ends in `.html`: it is fetched again.
+        An HTML page, or an image without a byte, as proxies answer with status 200 while a server
+        is away, is not the file: it is fetched again.
 
         Raises:
             ServerError: It cannot be had.
@@ -208,7 +209,8 @@ class ComfyUIClient:
 
     def _refuse_page(self, name: str, answer: Answer) -> None:
         is_page = answer.headers.get("content-type", "").lower().startswith("text/html")
-        if name.lower().endswith(".html") or (answer.content and not is_page):
+        may_be_empty = kind_of(name) in ("text", "file")
+        if name.lower().endswith(".html") or (not is_page and (answer.content or may_be_empty)):
             return
         what = "an HTML page" if answer.content else "an empty body"
         raise ServerResponseError(
@@ -218,6 +220,21 @@ class ComfyUIClient:
             answer.status,
             transient=True,
         )
+
+    def has_input(self, name: str, subfolder: str, size: int, waiter: Waiter) -> bool:
+        """Tell whether the server's input folder has a file of this name and size.
+
+        Our names follow from the content, so that it is the same file.
+        """
+        params = {"filename": name, "subfolder": subfolder, "type": "input"}
+
+        def call() -> Answer:
+            # Whatever it says but 200, uploading is right.
+            refusals = (400, 403, 404, 405, 501)
+            return self.http.call("HEAD", "/view", waiter, accept=refusals, params=params)
+
+        answer = self.http.retry(call, waiter)
+        return answer.status == 200 and answer.headers.get("content-length") == str(size)
 
     def upload(self, data: bytes, name: str, subfolder: str, waiter: Waiter) -> None:
         """Put a file into the server's input folder, over one of the same name.

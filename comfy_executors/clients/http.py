@@ -145,9 +145,7 @@ def parse_address(address: str, default_port: int) -> tuple[str, tuple[str, str]
     if parts.scheme not in ("http", "https") or not host or " " in text:
         raise ValueError(refusal)
     if parts.query or parts.fragment:
-        # What follows may be a key.
-        shown = re.split("[?#]", _without_user(address))[0]
-        raise ValueError(f"an address has no ? or #, as after {shown!r}")
+        raise ValueError(f"an address has no ? or #, as after {_without_user(address)!r}")
     if port is None and not has_scheme:
         port = default_port
     host = f"[{host}]" if ":" in host else host
@@ -159,7 +157,8 @@ def parse_address(address: str, default_port: int) -> tuple[str, tuple[str, str]
 
 
 def _without_user(address: str) -> str:
-    return address.rsplit("@", 1)[-1]
+    # What follows a question mark may be a key as well.
+    return re.split("[?#]", address)[0].rsplit("@", 1)[-1]
 
 
 class HttpClient:
@@ -244,9 +243,7 @@ class HttpClient:
         """GET, repeated while the server is out of reach or overloaded. See `call`."""
         return self.retry(lambda: self.call("GET", path, waiter, accept=accept, **kwargs), waiter)
 
-    def retry(
-        self, call: Callable[[], T], waiter: Waiter, *, attempts: int = _ATTEMPTS
-    ) -> T:
+    def retry(self, call: Callable[[], T], waiter: Waiter, *, attempts: int = _ATTEMPTS) -> T:
         """Repeat a call that is safe to repeat while its errors are transient.
 
         Args:
@@ -276,7 +273,9 @@ class HttpClient:
             before_sleep=self._tell_outage,
             reraise=True,
         )
-        return policy(call)
+        result = policy(call)
+        self._in_outage = False
+        return result
 
     def _tell_outage(self, state: tenacity.RetryCallState) -> None:
         """Say once an outage that, and how long, the server is waited for."""
@@ -320,7 +319,6 @@ class HttpClient:
         if answer.status != 200 and answer.status not in accept:
             raise self._refusal(f"{method} {path}", answer)
         self._answered = True
-        self._in_outage = False
         return answer
 
     def _exchange(self, request: requests.Request, waiter: Waiter) -> Answer:
@@ -332,9 +330,13 @@ class HttpClient:
         guard = CallGuard(waiter.limit, READ_SECONDS)
         try:
             prepared = self._session.prepare_request(request)
-            with guard, waiter.interrupting(guard.interrupt), self._session.send(
-                prepared, timeout=timeout, allow_redirects=False, **self._settings
-            ) as response:
+            with (
+                guard,
+                waiter.interrupting(guard.interrupt),
+                self._session.send(
+                    prepared, timeout=timeout, allow_redirects=False, **self._settings
+                ) as response,
+            ):
                 guard.head_is_here()
                 content = response.content
         except requests.RequestException as error:
@@ -342,7 +344,7 @@ class HttpClient:
             raise self._unreachable(error) from error
         answer = Answer(response.status_code, response.headers, content)
         expected = answer.headers.get("content-length", "")
-        encoded = "content-encoding" in answer.headers
+        encoded = "content-encoding" in answer.headers or request.method == "HEAD"
         if expected.isdecimal() and not encoded and len(content) != int(expected):
             # urllib3 before 2 does not notice.
             raise ServerUnreachableError(

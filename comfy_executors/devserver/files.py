@@ -31,6 +31,7 @@ class Folders:
         self._counters: dict[tuple[str, str], _FolderCounters] = {}
 
     def path(self, folder_type: str) -> Path:
+        """Return the folder of a type: `input`, `output` or `temp`."""
         return self.root / folder_type
 
     def resolve(self, folder_type: str, *parts: str) -> Path:

@@ -48,10 +48,12 @@ class Preview:
     prompt_id: str
 
     def plain_frame(self) -> bytes:
+        """Return the binary frame for clients without the feature flag."""
         head = struct.pack(">II", _PREVIEW_IMAGE, _IMAGE_FORMATS[self.mime_type])
         return head + self.data
 
     def frame_with_metadata(self) -> bytes:
+        """Return the binary frame that also names the node and the prompt."""
         metadata = json.dumps(
             {
                 "node_id": self.node_id,

@@ -103,6 +103,7 @@ class Machine:
             example.write_bytes(png(paint(0, 0, "example", 256, 256)))
 
     def refuse_connections(self, refuse: bool) -> None:
+        """Refuse new connections and close the idle ones, or accept them again."""
         if refuse:
             self._listener.shut()
             self._listener.close_idle_connections(self._gate.is_idle)
@@ -110,6 +111,7 @@ class Machine:
             self._listener.open()
 
     def drop_websockets(self) -> int:
+        """Reset the websockets and return how many there were."""
         return self._listener.call(self._hub.drop())
 
     def crash(self) -> None:
@@ -143,6 +145,7 @@ class Machine:
         self._journal.wait_for(lambda: self._journal.open_websockets == 0, _CLOSING_SECONDS)
 
     def close(self) -> None:
+        """Stop it all."""
         # As a process that ends: nobody hears that the prompt which runs is interrupted by it.
         self._listener.shut()
         self._listener.reset_connections()

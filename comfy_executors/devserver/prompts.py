@@ -37,9 +37,11 @@ class Prompt:
 
     @property
     def client_id(self) -> str | None:
+        """Whose websocket hears of it."""
         return self.extra_data.get("client_id")
 
     def describe(self) -> list[Any]:
+        """Return it as the queue and the history list it."""
         return [self.number, self.prompt_id, self.graph, self.extra_data, self.outputs]
 
 
@@ -66,9 +68,11 @@ class PromptQueue:
 
     @property
     def remaining(self) -> int:
+        """How many prompts wait or run."""
         return len(self._pending) + (self._running is not None)
 
     def put(self, prompt: Prompt) -> None:
+        """Add a prompt; one that comes after the close is dropped."""
         with self._changed:
             if self._closed:
                 return
@@ -190,6 +194,7 @@ class PromptQueue:
         return dict(items[start : start + max_items])
 
     def history_of(self, prompt_id: str) -> dict[str, Any]:
+        """Return the history of one prompt, by its id; empty while there is none."""
         with self._changed:
             entry = self._history.get(prompt_id)
         return {} if entry is None else {prompt_id: entry}

@@ -227,6 +227,8 @@ class BaseWorkflowExecutor(abc.ABC):
         if not include_previews:
             refuse_previews_only(plan.graph)
         plan.warn()
+        if on_progress is not None and not callable(on_progress):
+            raise TypeError(f"on_progress must be callable, not {type(on_progress).__name__}")
         options = RunOptions(
             ordered=ordered,
             ignore_errors=ignore_errors,
@@ -651,7 +653,9 @@ def _refuse_misspelt(given: Mapping[str, Any], variables: Container[str]) -> Non
 
 
 def _positive(name: str, seconds: float | None) -> float | None:
-    if seconds is not None and not seconds > 0:
+    if seconds is None:
+        return None
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
         raise ValueError(f"{name} must be a number of seconds above 0, not {seconds!r}")
     return seconds
 

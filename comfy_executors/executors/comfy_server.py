@@ -215,7 +215,8 @@ class ComfyServerWorkflowExecutor(BaseWorkflowExecutor):
     ) -> None:
         try:
             for name, data in images.files.items():
-                self._client.upload(data, name, images.folder, control)
+                if not self._client.has_input(name, images.folder, len(data), control):
+                    self._client.upload(data, name, images.folder, control)
         except BaseException as error:
             with self._uploads_lock:
                 self._uploads.pop(images.folder, None)

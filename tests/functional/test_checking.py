@@ -62,6 +62,7 @@ def test_a_good_graph_has_no_problems(server: DevServer, info: Any, graph: Any) 
 
 BAD_VALUES = [
     ("4", "ckpt_name", "sd_xl.safetensors", "value_not_in_list", "is not on the server; nearest:"),
+    ("4", "ckpt_name", "zzz", "value_not_in_list", '"zzz" is not on the server, which has only '),
     ("3", "sampler_name", "eular", "value_not_in_list", "nearest: euler"),
     ("5", "width", 0, "value_smaller_than_min", "0 is below the minimum of 16"),
     ("5", "width", 10**6, "value_bigger_than_max", "is above the maximum of 16384"),

@@ -9,6 +9,7 @@ import os
 import pty
 import select
 import signal
+import ssl
 import struct
 import subprocess
 import sys
@@ -20,7 +21,9 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import certifi
 import pytest
+import trustme
 
 import comfy_executors
 from comfy_executors.cli import main
@@ -225,6 +228,53 @@ def test_a_literal_batch_size_is_pointed_out(cli: Cli) -> None:
     assert "write {{ batch_size }} in the template" in done.stderr
 
 
+def test_previews_are_taken_when_asked_for(cli: Cli) -> None:
+    (cli.folder / "preview.jinja").write_text(
+        BENCH.replace("SaveImage", "PreviewImage").replace(', "filename_prefix": "noise"', "")
+    )
+    for command in ("check", "run"):
+        refused = cli.within(command, "preview.jinja")
+        assert (refused.returncode, "makes only previews" in refused.stderr) == (2, True)
+        assert cli.within(command, "preview.jinja", "--include-previews").returncode == 0
+    assert len(cli.saved()) == 1
+
+
+# Fewer images than asked for
+
+# All but the brace that ends it.
+FEWER = BENCH.replace('"batch_size": {{ batch_size }}', '"batch_size": {{ batch_size // 4 }}')[:-1]
+TEXT = ', "3": {"class_type": "PreviewAny", "inputs": {"source": "hello"}}\n}'
+VIDEO = """, "3": {"class_type": "SaveWEBM", "inputs": {"images": ["1", 0],
+  "filename_prefix": "clip", "codec": "vp9", "fps": 24.0, "crf": 32.0}}\n}"""
+EIGHT = ("run", "fewer.jinja", "--num-samples", "8", "--batch-size", "4")
+
+
+@pytest.mark.parametrize("ending", ["}", TEXT])
+@pytest.mark.parametrize("quiet", [[], ["--quiet"]])
+def test_fewer_images_than_asked_for_are_1(cli: Cli, ending: str, quiet: list[str]) -> None:
+    (cli.folder / "fewer.jinja").write_text(f"{FEWER}{ending}")
+    done = cli.within(*EIGHT, *quiet)
+    assert (done.returncode, cli.statuses()) == (1, {"success": 2})
+    assert "2 of 8 images" in done.stderr
+    assert len(cli.saved()) == 2
+
+
+def test_videos_make_up_for_images(cli: Cli) -> None:
+    (cli.folder / "fewer.jinja").write_text(f"{FEWER}{VIDEO}")
+    done = cli.within(*EIGHT)
+    assert (done.returncode, cli.statuses()) == (0, {"success": 2})
+    assert "2 of 8 images and 2 other files" in done.stderr
+
+
+def test_a_run_that_makes_only_text_is_0(cli: Cli) -> None:
+    (cli.folder / "text.jinja").write_text(
+        '{"1": {"class_type": "PreviewAny", "inputs": {"source": "{{ batch_size }}"}}}'
+    )
+    done = cli.within("run", "text.jinja", "--num-samples", "8", "--batch-size", "8")
+    assert done.returncode == 0
+    assert "0 of 8 images and 1 other file" in done.stderr
+
+
 # What cannot work
 
 
@@ -241,11 +291,19 @@ USAGE = [
     (["run", "bench.jinja", "--var", "fail=x", "--var", "fail=y"], "given twice"),
     (["run", "bench.jinja", "--var", "batch_size=2"], "filled in by --batch-size"),
     (["run", "bench.jinja", "--input", "none.png"], "none.png': No such file or directory"),
-    (["run", "bench.jinja", "--output", "bench.jinja"], "output_dir bench.jinja is a file, not a folder"),
+    (
+        ["run", "bench.jinja", "--output", "bench.jinja"],
+        "output_dir bench.jinja is a file, not a folder",
+    ),
     (["run", "bench.jinja", "--server", "ftp://host"], "not an address"),
+    (["run", "bench.jinja", "--header", "@none.txt"], "cannot read none.txt: No such file"),
+    (["run", "bench.jinja", "--header", "@."], "cannot read .: Is a directory"),
+    (["run", "bench.jinja", "--ca", "none.pem"], "cannot read none.pem: No such file"),
+    (["run", "bench.jinja", "--ca", "bench.jinja"], "bench.jinja holds no certificate"),
+    (["run", "bench.jinja", "--ca", certifi.where(), "--insecure"], "not allowed with"),
     (["run", str(DEMO)], "give them with --var prompt=TEXT"),
     (["devserver", "--port", "70000"], "a whole number from 0 to 65535"),
-    ([], "COMMAND"),
+    ([], "run a template and save its images"),
 ]
 
 
@@ -297,14 +355,48 @@ def test_a_key_is_asked_for_sent_and_never_shown(cli: Cli) -> None:
         assert SECRET not in done.stdout + done.stderr
 
 
+def test_headers_are_read_from_a_file(cli: Cli) -> None:
+    headers = {"Authorization": f"Bearer {SECRET}", "X-Team": "foxes"}
+    lines = "".join(f"{name}: {value}\n\n" for name, value in headers.items())
+    (cli.folder / "keys.txt").write_text(f"\ufeff{lines}", encoding="utf-8")
+    with DevServer(headers=headers) as server:
+        for command in ("run", "check"):
+            key = (command, "bench.jinja", "--server", server.url, "--header")
+            assert cli.within(*key, "@keys.txt").returncode == 0
+            assert cli.within(*key, "X-Team: foxes").returncode == 3
+            both = cli.within(*key, f"Authorization: Bearer {SECRET}", "--header", "X-Team: foxes")
+            assert both.returncode == 0
+
+
+@pytest.mark.parametrize("content", [SECRET.encode(), f"X: {SECRET}\xff".encode("latin-1")])
+def test_a_file_of_no_headers_is_named_and_not_shown(cli: Cli, content: bytes) -> None:
+    (cli.folder / "keys.txt").write_bytes(content)
+    done = cli.within("run", "bench.jinja", "--header", "@keys.txt")
+    assert (done.returncode, "keys.txt" in done.stderr) == (2, True)
+    assert SECRET not in done.stderr
+
+
+def test_an_own_ca_and_none(cli: Cli) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(cli.folder / "ca.pem"))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    with DevServer(ssl_context=context) as server:
+        for command in ("run", "check"):
+            refused = cli.within(command, "bench.jinja", "--server", server.url)
+            assert (refused.returncode, "--ca FILE" in refused.stderr) == (3, True)
+            for option in (["--ca", "ca.pem"], ["--insecure"]):
+                done = cli(command, "bench.jinja", "--server", server.url, *option)
+                assert (done.returncode, done.stderr.count("\n")) == (0, 1)
+
+
 # Pipes, terminals and signals
 
 
 def test_ctrl_c_cancels_on_the_server(cli: Cli) -> None:
     slow = ("run", "bench.jinja", "--var-json", "seconds=3600", "--num-samples", "20", "--json")
     process = cli.start(*slow)
-    cli.server.wait_for(lambda server: len(server.prompts) == 4, PATIENCE)
-    cli.server.wait_for(lambda server: server.prompts[0].status == "running", PATIENCE)
+    cli.server.wait_for(lambda _: cli.statuses() == {"running": 1, "pending": 3}, PATIENCE)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
@@ -449,5 +541,12 @@ def test_a_taken_port_is_named(cli: Cli) -> None:
 
 
 def test_version(cli: Cli) -> None:
-    done = cli("version")
-    assert (done.returncode, done.stdout.strip()) == (0, comfy_executors.__version__)
+    for arguments in ("version", "--version"):
+        done = cli(arguments)
+        assert (done.returncode, done.stdout.strip()) == (0, comfy_executors.__version__)
+
+
+def test_without_a_command_the_help_is_printed(cli: Cli) -> None:
+    done = cli()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == cli("--help").stdout

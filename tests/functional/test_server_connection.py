@@ -50,6 +50,7 @@ from comfy_executors.errors import (
     WaitTimeoutError,
     WorkflowRejectedError,
 )
+from comfy_executors.images import InputImageSet
 
 E = TypeVar("E", bound=Exception)
 KEY = "k3y-that-nobody-may-see"
@@ -196,15 +197,49 @@ def test_a_server_of_other_json_is_told_from_comfyui(body: bytes) -> None:
         failure(address, ServerResponseError, "no ComfyUI server")
 
 
+# What cannot work is refused before there is a connection.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"auth": "user:" + KEY}, TypeError, "auth must be a tuple of two strings"),
+        ({"auth": ("user", KEY, "x")}, TypeError, "auth must be a tuple"),
+        ({"auth": ("user", KEY.encode())}, TypeError, "auth must be a tuple"),
+        ({"auth": ["user", KEY]}, TypeError, "not this list"),
+        ({"auth": ()}, TypeError, "not this tuple"),
+        ({"headers": [("X-Key", KEY)]}, TypeError, "headers must be a mapping, not list"),
+        ({"headers": KEY}, TypeError, "headers must be a mapping, not str"),
+        ({"verify": "no/such.pem"}, ValueError, "path of a CA bundle, not 'no/such.pem'"),
+        ({"verify": ""}, ValueError, "not ''"),
+        ({"verify": None}, ValueError, "not None"),
+        ({"verify": 0}, ValueError, "not 0"),
+        ({"outage_timeout": 0}, ValueError, "above 0, not 0"),
+        ({"outage_timeout": -1.0}, ValueError, "above 0, not -1.0"),
+        ({"outage_timeout": float("nan")}, ValueError, "above 0, not nan"),
+        ({"outage_timeout": "60"}, ValueError, "above 0, not '60'"),
+        ({"outage_timeout": None}, ValueError, "above 0, not None"),
+        ({"outage_timeout": True}, ValueError, "above 0, not True"),
+    ],
+)
+def test_arguments_of_a_wrong_kind(
+    arguments: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=re.escape(words)) as caught:
+        ComfyServerWorkflowExecutor("localhost", **arguments)
+    assert KEY not in str(caught.value)
+
+
 # TLS.
 
 
+@pytest.mark.parametrize("kind", [str, Path])
 def test_a_certificate_of_an_own_authority(
-    secure_server: DevServer, authority: trustme.CA, tmp_path: Path
+    secure_server: DevServer, authority: trustme.CA, tmp_path: Path, kind: Callable[[Path], Any]
 ) -> None:
     bundle = tmp_path / "ca.pem"
     authority.cert_pem.write_to_path(str(bundle))
-    works(ComfyServerWorkflowExecutor(secure_server.url, verify=str(bundle)), secure_server)
+    works(ComfyServerWorkflowExecutor(secure_server.url, verify=kind(bundle)), secure_server)
 
 
 def test_the_environments_authority_counts_for_both(
@@ -542,6 +577,26 @@ def test_outputs_are_the_bytes_of_the_server(server: DevServer) -> None:
     for image in images:
         on_disk = (server.directory / "output" / image.subfolder / image.name).read_bytes()
         assert hashlib.sha256(image.data).digest() == hashlib.sha256(on_disk).digest()
+
+
+def test_inputs_are_uploaded_once_a_server_by_many_executors(server: DevServer) -> None:
+    data = example(server)
+    for _ in range(3):
+        with ComfyServerWorkflowExecutor(server.address) as executor:
+            run = executor.submit_workflow(loading(), input_images=[data])
+            assert len(run.result(PATIENCE)) == 1
+    assert served(server)["POST /upload/image"] == 1
+
+
+def test_an_input_that_is_there_in_part_is_uploaded_again(server: DevServer) -> None:
+    data = example(server)
+    folder = server.directory / "input" / InputImageSet([data]).folder
+    folder.mkdir()
+    (folder / "0000.png").write_bytes(data[:-1])
+    with ComfyServerWorkflowExecutor(server.address) as executor:
+        run = executor.submit_workflow(loading(), input_images=[data])
+        assert len(run.result(PATIENCE)) == 1
+    assert (folder / "0000.png").read_bytes() == data
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from pathlib import Path
 
 import pytest
+from server_kit import ENDLESS, PATIENCE, bench, bench_graph, ended, served, statuses
 
 from comfy_executors import (
     ComfyServerWorkflowExecutor,
     NodeExecutionError,
     OutputFileError,
     ProgressEvent,
+    ServerResponseError,
     WorkflowTemplate,
 )
+from comfy_executors.clients.comfyui import ComfyUIClient
+from comfy_executors.clients.http import DeadlineWaiter, HttpClient
 from comfy_executors.devserver import DevServer
-from server_kit import ENDLESS, PATIENCE, bench_graph, ended, statuses
+
+LOGIN_PAGE = ("<html>Please log in</html>", "Text/HTML; charset=utf-8", "an HTML page")
+NOTHING = ("", "image/png", "an empty body")
 
 
 def two_samplers(second: dict[str, object]) -> WorkflowTemplate:
@@ -105,3 +112,70 @@ def test_a_timeout_of_the_run_starts_none_of_its_waiting_prompts() -> None:
         template = WorkflowTemplate.from_graph(bench_graph(ENDLESS, steps=10_000))
         executor.submit_workflow(template, num_samples=10, timeout=1.0, ignore_errors=True)
         ended(server, interrupted=1, deleted=3)
+
+
+# What is no file.
+
+
+@pytest.mark.parametrize(("body", "kind", "words"), [LOGIN_PAGE, NOTHING])
+def test_what_a_proxy_answers_for_a_file_is_no_image(
+    tmp_path: Path, body: str, kind: str, words: str
+) -> None:
+    with DevServer() as server, ComfyServerWorkflowExecutor(server.address) as executor:
+        headers = {"Content-Type": kind}
+        server.faults.fail("GET", "/view", status=200, body=body, headers=headers, times=2)
+        [image] = executor.submit_workflow(bench(), output_dir=tmp_path).result(PATIENCE)
+        assert image.image.size == (16, 16)
+        assert served(server)["GET /view"] == 3
+        assert files(tmp_path) == ["t_00001_.png"]
+
+
+@pytest.mark.parametrize(("body", "kind", "words"), [LOGIN_PAGE, NOTHING])
+def test_a_proxy_that_goes_on_so_fails_the_batch_and_names_the_file(
+    tmp_path: Path, body: str, kind: str, words: str
+) -> None:
+    with DevServer() as server:
+        headers = {"Content-Type": kind}
+        server.faults.fail("GET", "/view", status=200, body=body, headers=headers, times=None)
+        with ComfyServerWorkflowExecutor(server.address, outage_timeout=0.5) as executor:
+            run = executor.submit_workflow(bench(), output_dir=tmp_path)
+            with pytest.raises(ServerResponseError, match=rf"t_00001_\.png with {words}"):
+                run.result(PATIENCE)
+        assert served(server)["GET /view"] > 1
+    assert files(tmp_path) == []
+
+
+def test_a_file_that_is_a_page_is_one() -> None:
+    with DevServer() as server:
+        server.faults.fail("GET", "/view", status=200, body="<html></html>")
+        http = HttpClient(server.url)
+        data = ComfyUIClient(http).view("page.HTML", "", "output", DeadlineWaiter(PATIENCE))
+        http.close()
+    assert data == b"<html></html>"
+
+
+# Fewer than asked for.
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_fewer_images_than_the_batchs_size_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    template = WorkflowTemplate(json.dumps(bench_graph(text="{{ batch_size }}")))
+    with DevServer() as server, ComfyServerWorkflowExecutor(server.address) as executor:
+        run = executor.submit_workflow(template, num_samples=6, batch_size=5)
+        assert len(run.result(PATIENCE)) == 2
+    # The second batch wanted one image, and made it.
+    (warning,) = warnings_of(caplog)
+    assert warning.endswith("made 1 of 5 images")
+    assert any(prompt.prompt_id in warning for prompt in server.prompts)
+
+
+def test_as_many_images_as_the_batchs_size_are_not(caplog: pytest.LogCaptureFixture) -> None:
+    text = json.dumps(bench_graph(batch_size=0)).replace('"batch_size": 0', '"batch_size": {{ n }}')
+    template = WorkflowTemplate(text.replace("{{ n }}", "{{ batch_size }}"))
+    with DevServer() as server, ComfyServerWorkflowExecutor(server.address) as executor:
+        run = executor.submit_workflow(template, num_samples=6, batch_size=5)
+        assert len(run.result(PATIENCE)) == 6
+    assert warnings_of(caplog) == []

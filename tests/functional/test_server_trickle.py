@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from server_kit import PATIENCE, bench
 
 from comfy_executors import (
     ComfyServerWorkflowExecutor,
@@ -16,7 +17,6 @@ from comfy_executors import (
     WorkflowTimeoutError,
 )
 from comfy_executors.clients import http
-from server_kit import PATIENCE, bench
 
 
 class SlowServer(ThreadingHTTPServer):

@@ -111,6 +111,24 @@ def test_a_missing_model_names_the_nearest() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["flux"], "which has only flux"),
+        (["flux", "v1", "pony"], "which has only flux, v1, pony"),
+        (["flux", "v1", "pony", "wan"], "which has 4, such as flux, v1, pony"),
+    ],
+)
+def test_a_missing_model_that_none_is_near_tells_which_there_are(
+    names: list[str], words: str
+) -> None:
+    assert missing_model(names).endswith(f'"sd_xl.safetensors" is not on the server, {words}')
+
+
+def test_long_names_make_a_short_sentence() -> None:
+    assert len(missing_model(["é" * 5000] * 12)) < 600
+
+
 def test_a_missing_model_on_a_server_without_models() -> None:
     assert missing_model([]).endswith("is not on the server, which has none to choose from")
 

@@ -140,7 +140,7 @@ def test_a_truncated_pillow_image_is_refused() -> None:
         ("missing.png", "'missing.png': No such file or directory"),
         ("", "Is a directory"),
         (Path(), "'.': Is a directory"),
-        ("a\0b", "null byte"),
+        ("a\0b", "embedded null"),
         ("x" * 5000, "x': File name too long"),
         ("https://example.com/a.png", "download it, and pass its bytes"),
         (None, "not NoneType"),
@@ -153,6 +153,37 @@ def test_what_is_no_image_is_refused(source: Any, reason: str) -> None:
     with pytest.raises(InputImageError, match=reason) as caught:
         InputImage.load(source)
     assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://u:SECRET@host:8443/a/b.png", "https://host:8443/a/b.png"),
+        ("https://SECRET@[::1]:80/b.png", "https://[::1]:80/b.png"),
+        ("https://host/b.png?X-Amz-Signature=SECRET", "https://host/b.png"),
+        ("s3://key:SECRET@bucket?a=b/SECRET#SECRET", "s3://bucket"),
+        ("https://host/b.png#SECRET", "https://host/b.png"),
+        ("https://u:SEC/SECRET@host/b.png", "https://…"),
+        ("https://u:12/SECRET@host/b.png", "https://…"),
+        (Path("https://u:SECRET@host/b.png"), "https://host/b.png"),
+    ],
+)
+def test_keys_in_a_url_are_not_shown(url: str | Path, shown: str) -> None:
+    with pytest.raises(InputImageError) as caught:
+        InputImage.load(url)
+    assert str(caught.value) == (
+        f"cannot read the input image {shown!r}: a URL; download it, and pass its bytes"
+    )
+    assert caught.value.__context__ is None
+
+
+def test_a_path_that_looks_like_a_url_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("s3:").mkdir()
+    Path("s3:/a.png").write_bytes(_PNG)
+    assert InputImage.load("s3:/a.png").data == _PNG
 
 
 def test_an_empty_file_is_named(tmp_path: Path) -> None:

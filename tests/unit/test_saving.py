@@ -315,7 +315,7 @@ def test_a_full_disk_is_our_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     [
         ("file/a.png", "Not a directory|File exists"),
         ("x" * 300 + ".png", "File name too long"),
-        ("a\0b.png", "null byte"),
+        ("a\0b.png", "embedded null"),
         ("a\ud800b.png", "surrogates not allowed"),
     ],
 )
