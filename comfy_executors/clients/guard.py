@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import urllib3
 from requests.adapters import HTTPAdapter
@@ -132,7 +132,9 @@ class _HTTPConnection(_Guarded, HTTPConnection):
     response_class = _Response
 
 
-class _HTTPSConnection(_Guarded, HTTPSConnection):
+class GuardedHTTPSConnection(_Guarded, HTTPSConnection):
+    """A connection over TLS that heeds the `CallGuard` of its call."""
+
     response_class = _Response
 
 
@@ -141,20 +143,22 @@ class _HTTPPool(urllib3.HTTPConnectionPool):
 
 
 class _HTTPSPool(urllib3.HTTPSConnectionPool):
-    ConnectionCls = _HTTPSConnection
-
-
-_POOLS = {"http": _HTTPPool, "https": _HTTPSPool}
+    ConnectionCls = GuardedHTTPSConnection
 
 
 class GuardedAdapter(HTTPAdapter):
     """The adapter of requests, on connections that heed the `CallGuard` of their call."""
 
+    pools: ClassVar[dict[str, type[urllib3.HTTPConnectionPool]]] = {
+        "http": _HTTPPool,
+        "https": _HTTPSPool,
+    }
+
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = _POOLS
+        self.poolmanager.pool_classes_by_scheme = self.pools
 
     def proxy_manager_for(self, *args: Any, **kwargs: Any) -> Any:
         manager = super().proxy_manager_for(*args, **kwargs)
-        manager.pool_classes_by_scheme = _POOLS
+        manager.pool_classes_by_scheme = self.pools
         return manager

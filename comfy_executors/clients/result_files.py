@@ -51,16 +51,18 @@ class _StoreClient(HttpClient):
     def fetch(self, path: str, waiter: Waiter) -> bytes:
         def once() -> bytes:
             answer = self._exchange(requests.Request("GET", self.base_url + path), waiter)
+            # Also if it is a refusal: an overloaded store is worth more than a wrong address.
+            self._answered = True
             if answer.status != 200:
                 error = self._refusal("GET", answer)
-                hint = ": the URL expired, or the file is gone" if answer.status < 500 else ""
+                hint = "" if error.transient else ": the URL expired, or the file is gone"
                 raise ServerResponseError(
                     f"{self.base_url} answers {answer.status} instead of an output{hint}",
                     self.base_url,
                     answer.status,
                     transient=error.transient,
+                    retry_after=error.retry_after,
                 ) from None
-            self._answered = True
             return answer.content
 
         try:

@@ -163,7 +163,7 @@ class RunPodClient:
         Args:
             job_id: The job.
             wait: Seconds for which RunPod may hold the answer while there is nothing, from 1 to
-                45. A cancellation is noticed when it answers.
+                45. A cancellation breaks the call off.
             waiter: The deadline; it shortens `wait`.
 
         Raises:

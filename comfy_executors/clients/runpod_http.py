@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ssl
-from typing import Any
+from typing import ClassVar
 
 import requests
-from requests.adapters import HTTPAdapter
-from urllib3.connection import HTTPSConnection
-from urllib3.connectionpool import HTTPSConnectionPool
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import NewConnectionError
 
+from comfy_executors.clients.guard import GuardedAdapter, GuardedHTTPSConnection
 from comfy_executors.clients.http import Answer, HttpClient, Waiter
 from comfy_executors.clients.runpod_answers import said
 from comfy_executors.errors import (
@@ -80,7 +79,7 @@ class RunPodHttp(HttpClient):
         )
 
 
-class _Connection(HTTPSConnection):
+class _Connection(GuardedHTTPSConnection):
     def connect(self) -> None:
         try:
             super().connect()
@@ -93,12 +92,11 @@ class _Pool(HTTPSConnectionPool):
     ConnectionCls = _Connection
 
 
-class _Adapter(HTTPAdapter):
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        # Typed in some versions of the stubs only.
-        super().init_poolmanager(*args, **kwargs)  # type: ignore[no-untyped-call, unused-ignore]
-        schemes = self.poolmanager.pool_classes_by_scheme
-        self.poolmanager.pool_classes_by_scheme = {**schemes, "https": _Pool}
+class _Adapter(GuardedAdapter):
+    pools: ClassVar[dict[str, type[HTTPConnectionPool]]] = {
+        **GuardedAdapter.pools,
+        "https": _Pool,
+    }
 
 
 def words_of(answer: Answer) -> str:

@@ -80,6 +80,7 @@ class ComfyPrompt:
         self._id = str(uuid.uuid4())
         self._client_id = ""
         self._maybe_posted = False
+        self._answered = False
         self._begun = False
         self._ended = False
         self._missed_events = False
@@ -143,7 +144,9 @@ class ComfyPrompt:
                 return QueuedPrompt(found)
         before, self._maybe_posted = self._maybe_posted, True
         try:
-            return self._client.post_prompt(self._graph, self._id, self._client_id, self._control)
+            queued = self._client.post_prompt(self._graph, self._id, self._client_id, self._control)
+            self._answered = True
+            return queued
         except WorkflowRejectedError:
             self._maybe_posted = before
             raise
@@ -174,9 +177,13 @@ class ComfyPrompt:
         # A waiter of its own: the job's has passed its deadline or was cancelled.
         waiter = DeadlineWaiter(_CANCEL_SECONDS)
         try:
-            self._client.http.retry(
-                lambda: self._take_off(waiter), waiter, attempts=_CANCEL_ATTEMPTS
-            )
+            for look in range(1 if self._answered else 2):
+                if look:
+                    # The server may have been about to queue a post that was broken off.
+                    waiter.sleep(_LOST_AFTER)
+                self._client.http.retry(
+                    lambda: self._take_off(waiter), waiter, attempts=_CANCEL_ATTEMPTS
+                )
         except (ServerError, WaitTimeoutError) as error:
             logger.warning("prompt %s on %s may run on: %s", self._id, self._server, error)
 

@@ -6,7 +6,7 @@ import copy
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,21 @@ from comfy_executors.clients.runpod_payload import (
     EXECUTION_TIMEOUT_SECONDS,
     MAX_PAYLOAD_BYTES,
     TTL_SECONDS,
+    too_large,
 )
-from comfy_executors.errors import GraphError, InputImageError
+from comfy_executors.errors import InputImageError
 from comfy_executors.executors.base import BaseWorkflowExecutor
 from comfy_executors.executors.control import JobControl
 from comfy_executors.executors.joining import JoinedGraph, join
 from comfy_executors.executors.remote_inputs import RemoteInputImageSet
-from comfy_executors.executors.runpod_job import JobLimits, RunPodJobRun
+from comfy_executors.executors.runpod_attached import (
+    AttachedJob,
+    Attachment,
+    unknown_graph,
+)
+from comfy_executors.executors.runpod_job import JobLimits, RunPodJobRun, cancel_job
 from comfy_executors.executors.runpod_official import OfficialWorker
 from comfy_executors.executors.runpod_queue import QueueWatch
-from comfy_executors.graphs import Graph
 from comfy_executors.images import InputImageSet, InputImageSource
 from comfy_executors.runs import (
     Batch,
@@ -112,6 +117,7 @@ class RunPodWorkflowExecutor(BaseWorkflowExecutor):
         self._watch = QueueWatch(self._client)
         self._found_worker: str | None = None
         self._official = OfficialWorker(is_known=worker == "worker-comfyui")
+        self._unfollowed: dict[Attachment, str] = {}
 
     def attach(
         self,
@@ -140,13 +146,16 @@ class RunPodWorkflowExecutor(BaseWorkflowExecutor):
         Returns:
             A run of these batches, counted from 0.
 
+        Cancelling this run, or a passed `timeout`, cancels the job, also while the run still waits
+        for one of `max_workers` places: the call that cancels then waits for RunPod's answer.
+
         Raises:
             ValueError: An argument is out of its range.
             ExecutorClosedError: The executor is closed.
         """
         if num_batches < 1 or first_batch < 0:
             raise ValueError("num_batches must be at least 1, and first_batch at least 0")
-        batches = [Batch(index, 1, None, _unknown_graph) for index in range(num_batches)]
+        batches = [Batch(index, 1, None, unknown_graph) for index in range(num_batches)]
         options = RunOptions(
             ordered=ordered,
             ignore_errors=ignore_errors,
@@ -154,9 +163,15 @@ class RunPodWorkflowExecutor(BaseWorkflowExecutor):
             on_progress=on_progress,
             output_dir=None if output_dir is None else Path(output_dir),
         )
-        return self._start(
-            batches, _AttachedJob((), job_id=job_id, first_batch=first_batch), options
-        )
+        attachment = Attachment(job_id, first_batch)
+        self._unfollowed[attachment] = job_id
+        try:
+            attachment.run = self._start(batches, AttachedJob((), attachment=attachment), options)
+        except BaseException:
+            self._unfollowed.pop(attachment, None)
+            raise
+        self._cancel_unfollowed()  # another thread may have closed the executor just now
+        return attachment.run
 
     def health(self, waiter: Waiter | None = None) -> RunPodHealth:
         """Ask for the endpoint's counts of jobs and workers.
@@ -176,12 +191,15 @@ class RunPodWorkflowExecutor(BaseWorkflowExecutor):
 
     def _load_inputs(self, sources: Sequence[InputImageSource]) -> InputImageSet:
         images = RemoteInputImageSet(sources)
+        in_base64 = sum(-(-len(file.data or b"") // 3) * 4 for file in images.unique)
+        if in_base64 > MAX_PAYLOAD_BYTES:  # and the graphs come on top of it
+            raise too_large(in_base64, self.url)
         if self.worker == "worker-comfyui" and any(file.url for file in images.inputs):
             raise InputImageError("worker-comfyui takes no URLs of input images: pass their bytes")
         return images
 
     def _job_size(self, batches: Sequence[Batch], job: Job) -> int:
-        if isinstance(job, _AttachedJob):
+        if isinstance(job, AttachedJob):
             return len(batches)
         first = _job_graph(batches[0])
         wanted = min(len(batches), self.batches_per_job or len(batches))
@@ -195,7 +213,7 @@ class RunPodWorkflowExecutor(BaseWorkflowExecutor):
         return max(1, min(wanted, (_ROOM_BYTES - inputs) // graph))
 
     def _run_job(self, job: Job, control: JobControl) -> Iterator[BatchResult | BatchFailure]:
-        if isinstance(job, _AttachedJob):
+        if isinstance(job, AttachedJob):
             yield from self._follow_attached(job, control)
             return
         batches = {batch.index: batch for batch in job.batches}
@@ -233,11 +251,13 @@ class RunPodWorkflowExecutor(BaseWorkflowExecutor):
             waiting = [item for item in waiting if item.batch not in done]
 
     def _follow_attached(
-        self, job: _AttachedJob, control: JobControl
+        self, job: AttachedJob, control: JobControl
     ) -> Iterator[BatchResult | BatchFailure]:
-        batches = {job.first_batch + batch.index: batch for batch in job.batches}
+        attachment = job.attachment
+        self._unfollowed.pop(attachment, None)
+        batches = {attachment.first_batch + batch.index: batch for batch in job.batches}
         run = RunPodJobRun(self._client, control, batches, self._limits, self._watch)
-        run.attach(job.job_id)
+        run.attach(attachment.job_id)
         try:
             yield from run.follow()
         except BaseException:
@@ -250,6 +270,17 @@ class RunPodWorkflowExecutor(BaseWorkflowExecutor):
         yield from shares.results
         for number in shares.missing:
             yield BatchFailure(batches[number].index, copy.copy(shares.error))
+
+    def _wake(self) -> None:
+        super()._wake()
+        self._cancel_unfollowed()
+
+    def _cancel_unfollowed(self) -> None:
+        """Cancel the jobs of attached runs that were stopped before a thread came to them."""
+        for attachment in list(self._unfollowed):
+            # Whoever takes it out sees to it: this, or the thread that follows it.
+            if attachment.is_stopped and self._unfollowed.pop(attachment, ""):
+                cancel_job(self._client, attachment.job_id)
 
     def _join_graphs(
         self, waiting: Sequence[JobGraph], job: Job, control: JobControl
@@ -309,24 +340,13 @@ class RunPodWorkflowExecutor(BaseWorkflowExecutor):
     def _reset_backend(self) -> None:
         self._client.reset()
         self._watch.reset()
+        self._unfollowed.clear()  # the parent follows them
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.url} {super().__repr__().split(' ', 1)[1]}"
 
 
 RunpodComfyWorkflowExecutor = RunPodWorkflowExecutor
-
-
-@dataclass(frozen=True)
-class _AttachedJob(Job):
-    """A job that another process submitted."""
-
-    job_id: str = ""
-    first_batch: int = 0
-
-
-def _unknown_graph(batch: Batch) -> Graph:
-    raise GraphError("the graphs of a job that another process submitted are not known")
 
 
 def _job_graph(batch: Batch) -> JobGraph:

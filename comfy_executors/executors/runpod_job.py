@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 Settled = Union[BatchResult, BatchFailure]
 
 _FIRST_WAIT = 1.0  # the shortest that RunPod holds an answer
-_LONGEST_WAIT = 5.0  # also how late a cancellation is noticed at the most
+_LONGEST_WAIT = 5.0
 _FIRST_PAUSE = 0.5
 _GROWTH = 1.5
 _LEAST_GAP = 0.35  # between the starts of two polls: below three a second while images come
@@ -152,11 +152,7 @@ class RunPodJobRun:
         if self.job_id is None or self._ended:
             return
         self._ended = True
-        try:
-            # A waiter of its own: the job's has passed its deadline or was cancelled.
-            self._client.cancel(self.job_id, DeadlineWaiter(_CANCEL_SECONDS))
-        except (ServerError, WaitTimeoutError) as error:
-            logger.warning("job %s on %s may run on: %s", self.job_id, self._client.url, error)
+        cancel_job(self._client, self.job_id)
 
     # Following.
 
@@ -345,6 +341,15 @@ class RunPodJobRun:
         raise JobOutputLostError(
             f"ended, and its stream lost {shown}", job_id=self.job_id, server=self._client.url
         )
+
+
+def cancel_job(client: RunPodClient, job_id: str) -> None:
+    """Cancel a job on RunPod; a failure to do so is logged."""
+    try:
+        # A waiter of its own: the job's has passed its deadline or was cancelled.
+        client.cancel(job_id, DeadlineWaiter(_CANCEL_SECONDS))
+    except (ServerError, WaitTimeoutError) as error:
+        logger.warning("job %s on %s may run on: %s", job_id, client.url, error)
 
 
 class _Pace:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from comfy_executors import (
     WorkflowTemplate,
 )
 from comfy_executors.devserver import DevServer
+from comfy_executors.testing import RunPodStub, RunPodWorkerProcess
 
 DEADLINE = 60.0  # seconds; generous, since nothing is meant to come near it
 
@@ -78,35 +79,50 @@ def _make_client(address: str, **options: Any) -> BaseWorkflowExecutor:
     return ComfyServerWorkflowExecutor(address, headers={"X-Api-Key": "hush-hush"}, **options)
 
 
-def _runpod(**settings: Any) -> Iterator[Backend]:
-    """RunPod's stub, the SDK's own worker loop in a process, our handler, the dev server."""
-    pytest.importorskip("runpod", reason="the RunPod SDK from 1.12 on needs Python 3.10")
-    from comfy_executors.testing import RunPodStub, RunPodWorkerProcess
+@pytest.fixture(scope="session")
+def runpod_stub() -> Iterator[RunPodStub]:
+    """RunPod's stub, the SDK's own worker loop in processes, our handler, the dev server.
 
-    with DevServer() as server, RunPodStub(api_key="hush-hush") as stub:  # noqa: SIM117
-        with RunPodWorkerProcess(stub, server.address):
-            yield Backend(
-                lambda **options: RunPodWorkflowExecutor(
-                    stub.endpoint_id, stub.api_key, stub.url, **settings, **options
-                ),
-                requests=lambda: sum(stub.calls[name] for name in _CLIENT_CALLS),
-                port=int(stub.url.split(":")[2].split("/")[0]),
-                secrets=("hush-hush",),
-                hands_out_all=settings.get("batches_per_job", 1) is None,
-            )
+    The loop pauses for up to a second after each job that it takes; there are six of them, so
+    that jobs need not wait for it.
+    """
+    pytest.importorskip("runpod", reason="the RunPod SDK from 1.12 on needs Python 3.10")
+    with DevServer() as server, RunPodStub(api_key="hush-hush") as stub, ExitStack() as workers:
+        for number in range(6):
+            worker = RunPodWorkerProcess(stub, server.address, f"worker-{number}")
+            workers.enter_context(worker)
+            workers.callback(worker.kill)  # a worker that waits for a job is long in ending
+        yield stub
+
+
+def _runpod(stub: RunPodStub, **settings: Any) -> Iterator[Backend]:
+    yield Backend(
+        lambda **options: RunPodWorkflowExecutor(
+            stub.endpoint_id, stub.api_key, stub.url, **settings, **options
+        ),
+        requests=lambda: sum(stub.calls[name] for name in _CLIENT_CALLS),
+        port=int(stub.url.split(":")[2].split("/")[0]),
+        secrets=("hush-hush",),
+        hands_out_all=settings.get("batches_per_job", 1) is None,
+    )
 
 
 _CLIENT_CALLS = ("run", "status", "stream", "cancel", "health")
 FACTORIES: dict[str, Callable[[], Iterator[Backend]]] = {
     "dummy": _dummy,
     "comfy_server": _comfy_server,
-    "runpod": partial(_runpod, batches_per_job=None),
-    "runpod_jobs_of_two": partial(_runpod, batches_per_job=2),
+}
+RUNPOD: dict[str, dict[str, Any]] = {
+    "runpod": {"batches_per_job": None},
+    "runpod_jobs_of_two": {"batches_per_job": 2},
 }
 
 
-@pytest.fixture(scope="session", params=sorted(FACTORIES))
+@pytest.fixture(scope="session", params=sorted({*FACTORIES, *RUNPOD}))
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    if request.param in RUNPOD:
+        yield from _runpod(request.getfixturevalue("runpod_stub"), **RUNPOD[request.param])
+        return
     yield from FACTORIES[request.param]()
 
 

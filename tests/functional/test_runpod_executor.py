@@ -293,7 +293,7 @@ def test_an_uncertain_submit_may_be_repeated(
 
 
 def test_a_payload_that_is_too_large_is_refused_unsent(make: Make, stub: RunPodStub) -> None:
-    run = make().submit_workflow(loading(), [PNG + bytes(8_000_000)])
+    run = make().submit_workflow(loading(), [PNG + bytes(7_499_900)])  # its graph is too much
     with pytest.raises(PayloadTooLargeError, match="https URLs"):
         run.result(PATIENCE)
     assert stub.jobs == []

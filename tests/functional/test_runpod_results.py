@@ -1,0 +1,367 @@
+"""RunPod: outputs in a bucket, limits of time, many jobs at once, runs that stop early."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from runpod_worker import HandWorker, client_of, needs_sdk, submit
+from server_kit import PATIENCE, bench, loading, statuses
+
+from comfy_executors import (
+    JobTimeoutError,
+    PayloadTooLargeError,
+    RunPodWorkflowExecutor,
+    ServerError,
+    WorkflowCancelledError,
+    WorkflowTimeoutError,
+)
+from comfy_executors.devserver import DevServer
+from comfy_executors.executors import runpod_job
+from comfy_executors.testing import RunPodStub, RunPodWorkerProcess
+
+PNG = b"\x89PNG\r\n\x1a\n"
+Make = Callable[..., RunPodWorkflowExecutor]
+
+
+class Store:
+    """As much of S3 as it takes: objects are put, and fetched by presigned URLs.
+
+    Attributes:
+        puts, gets: The requests so far, as headers with their path under `:path`.
+        answers: Statuses, or contents, of the next fetches instead of the truth.
+    """
+
+    def __init__(self) -> None:
+        self.objects: dict[str, bytes] = {}
+        self.puts: list[dict[str, str]] = []
+        self.gets: list[dict[str, str]] = []
+        self.answers: deque[int | bytes] = deque()
+        self.url = ""
+
+    def clear(self) -> None:
+        for kept in (self.objects, self.puts, self.gets, self.answers):
+            kept.clear()
+
+    def answer(self, path: str) -> tuple[int, bytes]:
+        planned = self.answers.popleft() if self.answers else 200
+        if isinstance(planned, bytes):
+            return 200, planned
+        data = self.objects.get(urlsplit(path).path)
+        return (404, b"NoSuchKey") if data is None else (planned, data)
+
+
+@contextmanager
+def running(store: Store) -> Iterator[Store]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_PUT(self) -> None:
+            data = self.rfile.read(int(self.headers["Content-Length"]))
+            store.puts.append({**dict(self.headers), ":path": self.path})
+            store.objects[urlsplit(self.path).path] = data
+            self.reply(200, b"")
+
+        def do_GET(self) -> None:
+            store.gets.append({**dict(self.headers), ":path": self.path})
+            self.reply(*store.answer(self.path))
+
+        def reply(self, status: int, data: bytes) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        store.url = f"http://127.0.0.1:{server.server_port}"
+        yield store
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[Store]:
+    with running(Store()) as store:
+        yield store
+
+
+@pytest.fixture(scope="module")
+def site(store: Store) -> Iterator[tuple[DevServer, RunPodStub]]:
+    """Our worker with a bucket."""
+    bucket = {
+        "BUCKET_ENDPOINT_URL": store.url,
+        "BUCKET_ACCESS_KEY_ID": "key-id",
+        "BUCKET_SECRET_ACCESS_KEY": "s3cr3t-key",
+        "BUCKET_NAME": "pictures",
+    }
+    with DevServer() as server, RunPodStub() as stub:  # noqa: SIM117  too long for Python 3.9
+        with RunPodWorkerProcess(stub, server.address, environment=bucket) as worker:
+            yield server, stub
+            print(worker.log)  # shown when a test fails
+            worker.kill()
+
+
+@pytest.fixture
+def server(site: tuple[DevServer, RunPodStub], store: Store) -> DevServer:
+    site[0].reset()
+    store.clear()
+    return site[0]
+
+
+@pytest.fixture
+def stub(site: tuple[DevServer, RunPodStub], server: DevServer) -> Iterator[RunPodStub]:
+    site[1].clear()
+    yield site[1]
+    site[1].clear()
+
+
+@pytest.fixture
+def bare() -> Iterator[RunPodStub]:
+    """A platform without workers."""
+    with RunPodStub() as stub:
+        yield stub
+
+
+@contextmanager
+def executor_for(stub: RunPodStub, **options: Any) -> Iterator[RunPodWorkflowExecutor]:
+    made = RunPodWorkflowExecutor(stub.endpoint_id, stub.api_key, stub.url, **options)
+    try:
+        yield made
+    finally:
+        made.close(cancel=True)
+
+
+def delivered(run: Any, count: int) -> None:
+    """Check that every batch was delivered, each once, with a picture."""
+    images = list(run)
+    assert Counter(image.batch_index for image in images) == Counter(range(count))
+    assert all(image.data.startswith(PNG) for image in images)
+
+
+# Outputs in a bucket.
+
+
+@needs_sdk
+def test_outputs_in_a_bucket_are_fetched_without_our_key(
+    stub: RunPodStub, server: DevServer, store: Store
+) -> None:
+    with executor_for(stub) as executor:
+        delivered(executor.submit_workflow(bench(), num_samples=4), 4)
+    assert (len(store.puts), len(store.gets)) == (4, 4)
+    assert all("Authorization" in put for put in store.puts)
+    assert not any("Authorization" in get for get in store.gets)
+    assert stub.api_key not in str(store.gets)
+    outputs = [event for event in stub.jobs[0].output if event.get("kind") == "output"]
+    assert [set(event) & {"data", "url"} for event in outputs] == [{"url"}] * 4
+
+
+@needs_sdk
+def test_urls_that_the_stream_lost_are_asked_for_again(
+    stub: RunPodStub, server: DevServer, store: Store
+) -> None:
+    for number in range(1, 30):
+        stub.faults.lose_chunk(number)
+    with executor_for(stub) as executor:
+        delivered(executor.submit_workflow(bench(), num_samples=6), 6)
+    assert sum(job.lost_chunks for job in stub.jobs) >= 12
+    assert (len(stub.jobs), statuses(server), len(store.gets)) == (1, {"success": 6}, 6)
+
+
+@needs_sdk
+def test_an_overloaded_bucket_is_asked_again(stub: RunPodStub, store: Store) -> None:
+    store.answers.extend([503, 503, 500, 429])
+    with executor_for(stub) as executor:
+        delivered(executor.submit_workflow(bench(), num_samples=3), 3)
+    assert (len(stub.jobs), len(store.gets)) == (1, 7)
+
+
+@needs_sdk
+@pytest.mark.parametrize("answer", [404, 403, b"<html>", PNG + b"another picture"])
+def test_what_is_gone_or_broken_in_a_bucket_costs_only_its_batch(
+    stub: RunPodStub, server: DevServer, store: Store, answer: int | bytes
+) -> None:
+    store.answers.extend([200, answer])
+    with executor_for(stub) as executor:
+        run = executor.submit_workflow(bench(), num_samples=4)
+        attempts = sorted(future.result(PATIENCE).attempts for future in run.futures)
+    assert attempts == [1, 1, 1, 2]
+    graphs = [len(job.input["comfy_executors"]["graphs"]) for job in stub.jobs]
+    assert graphs == [4, 1]
+    assert len(store.gets) == 5
+
+
+@needs_sdk
+def test_a_job_with_a_bucket_is_taken_up_whole(stub: RunPodStub, store: Store) -> None:
+    with executor_for(stub) as first:
+        first.submit_workflow(bench(), num_samples=8).result(PATIENCE)
+    with executor_for(stub) as second:
+        delivered(second.attach(stub.jobs[0].id, 8), 8)
+    assert (len(stub.jobs), len(store.puts), len(store.gets)) == (1, 8, 16)
+
+
+def test_the_official_workers_bucket(bare: RunPodStub, store: Store) -> None:
+    store.clear()
+    with executor_for(bare, worker="worker-comfyui") as executor:
+        run = executor.submit_workflow(bench(), num_samples=3)
+        run.futures[2].add_done_callback(lambda _: None)
+        job = taken(bare)
+        images = []
+        for node in job["input"]["workflow"].values():
+            if node["class_type"] == "SaveImage":
+                name = f"{node['inputs']['filename_prefix']}_00001_.png"
+                store.objects[f"/pictures/{name}"] = PNG + name.encode()
+                url = f"{store.url}/pictures/{name}?X-Amz-Signature=s"
+                images.append({"filename": name, "type": "s3_url", "data": url})
+        HandWorker(bare).done(job["id"], output={"images": images})
+        results = [future.result(PATIENCE) for future in run.futures]
+    assert [len(result.images) for result in results] == [1, 1, 1]
+    assert len({result.images[0].data for result in results}) == 3
+    assert len(store.gets) == 3
+    assert not any("Authorization" in get for get in store.gets)
+
+
+def taken(stub: RunPodStub) -> Any:
+    stub.wait_for(lambda s: any(job.status == "IN_QUEUE" for job in s.jobs), PATIENCE)
+    return HandWorker(stub).take()
+
+
+def test_a_signature_is_not_shown(bare: RunPodStub, store: Store) -> None:
+    store.clear()
+    with executor_for(bare, worker="worker-comfyui") as executor:
+        run = executor.submit_workflow(bench())
+        run.futures[0].add_done_callback(lambda _: None)
+        job = taken(bare)
+        image = {"filename": "a.png", "type": "s3_url", "data": f"{store.url}/a?Signature=hush"}
+        HandWorker(bare).done(job["id"], output={"images": [image]})
+        with pytest.raises(ServerError, match="404") as caught:
+            run.futures[0].result(PATIENCE)
+    assert "hush" not in repr(caught.value) + str(caught.value.__cause__)
+
+
+# Limits of time.
+
+
+def test_a_job_that_outlasts_its_execution_timeout_is_cancelled(
+    bare: RunPodStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runpod_job, "_OVERTIME_SECONDS", -4.0)  # before RunPod's own clock
+    with executor_for(bare, execution_timeout=5.0) as executor:
+        run = executor.submit_workflow(bench(), num_samples=2)
+        run.futures[0].add_done_callback(lambda _: None)
+        job = taken(bare)
+        with pytest.raises(JobTimeoutError, match="execution timeout of 5 s") as caught:
+            run.futures[0].result(PATIENCE)
+    assert (caught.value.started, caught.value.job_id) == (True, job["id"])
+    assert [job.status for job in bare.jobs] == ["CANCELLED"]
+
+
+def test_a_batch_timeout_counts_for_a_job_of_the_official_worker(bare: RunPodStub) -> None:
+    with executor_for(bare, worker="worker-comfyui") as executor:
+        run = executor.submit_workflow(bench(), num_samples=3, batch_timeout=2.0)
+        run.futures[0].add_done_callback(lambda _: None)
+        job = taken(bare)
+        with pytest.raises(JobTimeoutError) as caught:
+            run.futures[0].result(PATIENCE)
+    assert bare.jobs[0].policy["executionTimeout"] == 6000
+    assert (caught.value.started, caught.value.job_id) == (True, job["id"])
+    assert len(bare.jobs) == 1
+
+
+# Many jobs.
+
+
+@pytest.mark.slow
+def test_two_hundred_jobs_stay_below_the_rate_limits(bare: RunPodStub) -> None:
+    options: dict[str, Any] = {"batches_per_job": 1, "max_workers": 50, "worker": "worker-comfyui"}
+    stopping = threading.Event()
+    with ThreadPoolExecutor(10) as pool, executor_for(bare, **options) as executor:
+        work = [pool.submit(work_off, bare, f"hand-{n}", stopping) for n in range(10)]
+        run = executor.submit_workflow(bench(), num_samples=200)
+        images = run.result(PATIENCE * 2)
+        stopping.set()
+        bare.limits.worker_poll = 0.1
+        done = sum(future.result(PATIENCE) for future in work)
+    assert [image.batch_index for image in images] == list(range(200))
+    assert (done, len(bare.jobs), bare.calls["run"]) == (200, 200, 200)
+    assert Counter(job.status for job in bare.jobs) == {"COMPLETED": 200}
+    refused = [request for request in bare.requests if request.status == 429]
+    assert refused == []
+
+
+def work_off(stub: RunPodStub, worker_id: str, stopping: threading.Event) -> int:
+    """Answer jobs as the official worker does; return how many."""
+    worker = HandWorker(stub, worker_id)
+    count = 0
+    while not stopping.is_set():
+        job = worker.take()
+        if job is None:
+            continue
+        (save,) = (
+            node for node in job["input"]["workflow"].values() if node["class_type"] == "SaveImage"
+        )
+        name = f"{save['inputs']['filename_prefix']}_00001_.png"
+        worker.done(
+            job["id"],
+            output={"images": [{"filename": name, "type": "base64", "data": "iVBORw0KGgo="}]},
+        )
+        count += 1
+    return count
+
+
+# Stopping early.
+
+
+def test_a_cancellation_breaks_off_the_present_poll(bare: RunPodStub) -> None:
+    bare.faults.delay("GET", "/stream/*", 3600.0, times=1)
+    with executor_for(bare) as executor:
+        run = executor.submit_workflow(bench())
+        run.futures[0].add_done_callback(lambda _: None)
+        while bare.faults._rules:  # until it holds a poll
+            HandWorker(bare).ping("none")
+        begun = time.monotonic()
+        run.cancel()
+        with pytest.raises(WorkflowCancelledError):
+            run.futures[0].result(PATIENCE)
+        assert time.monotonic() - begun < 5.0  # an answer would be waited for 30 s
+    assert [job.status for job in bare.jobs] == ["CANCELLED"]
+
+
+@pytest.mark.parametrize("how", ["cancel", "timeout", "close"])
+def test_an_attached_job_is_cancelled_though_no_thread_came_to_it(
+    bare: RunPodStub, how: str
+) -> None:
+    client = client_of(bare)
+    mine, other = (submit(client).id for _ in range(2))
+    with executor_for(bare, max_workers=1) as executor:
+        executor.attach(other)
+        bare.wait_for(lambda s: s.calls["stream"] == 1, PATIENCE)
+        run = executor.attach(mine, timeout=0.5 if how == "timeout" else None)
+        if how == "cancel":
+            run.cancel()
+        elif how == "close":
+            executor.close(cancel=True)
+        bare.wait_for(lambda s: s.jobs[0].status == "CANCELLED", PATIENCE)
+        assert (bare.jobs[1].status == "CANCELLED") is (how == "close")
+        kind = WorkflowTimeoutError if how == "timeout" else WorkflowCancelledError
+        assert isinstance(run.errors[0], kind)
+    client.close()
+
+
+def test_too_large_input_images_are_refused_at_once(bare: RunPodStub) -> None:
+    picture = PNG + bytes(7_500_001)
+    with executor_for(bare) as executor, pytest.raises(PayloadTooLargeError, match="https URLs"):
+        executor.submit_workflow(loading(), [picture])
+    assert bare.requests == []
