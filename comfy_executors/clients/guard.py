@@ -23,6 +23,9 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 
 from comfy_executors.errors import ComfyExecutorsError
 
+_BUFFER_BYTES = 65536  # each read costs a look at the deadline
+_SLACK_SECONDS = 0.1  # by which a read may outlast its deadline
+
 _current = threading.local()
 
 
@@ -102,7 +105,10 @@ class _GuardedIO(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        self._sock.settimeout(self._guard.seconds_to_read())
+        left, timeout = self._guard.seconds_to_read(), self._sock.gettimeout()
+        if timeout is None or left < timeout - _SLACK_SECONDS:
+            # Not each time: it gives way to other threads, which costs more than the read.
+            self._sock.settimeout(left)
         return self._raw.readinto(buffer)
 
     def close(self) -> None:
@@ -117,7 +123,7 @@ class _Response(http.client.HTTPResponse):
         if guard is not None:
             guard.wait_for_head()
             raw: Any = self.fp.detach()
-            self.fp = io.BufferedReader(_GuardedIO(raw, sock, guard))
+            self.fp = io.BufferedReader(_GuardedIO(raw, sock, guard), _BUFFER_BYTES)
 
 
 class _Guarded:
