@@ -6,11 +6,10 @@ Here all problems come at once, under the server's own names for them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from comfy_executors.clients.comfyui import choices, nearest_names, what_there_is
+from comfy_executors.clients.comfyui import choices, nearest_names, shown, what_there_is
 from comfy_executors.errors import NodeProblem, node_label
 from comfy_executors.workflows import Graph, class_type, is_link, node_title, output_nodes
 
@@ -22,7 +21,6 @@ _PRIMITIVES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "*"}
 # Inputs that choose a file which can be uploaded: their lists lack what lies in subfolders.
 _UPLOADS = ("image_upload", "video_upload", "audio_upload", "file_upload")
 _WARNINGS = {"unknown_input", "unused_node", "text_as_boolean"}
-_SHOWN_VALUE = 120
 
 Info = Mapping[str, Any]
 Problems = Iterator[NodeProblem]
@@ -173,17 +171,17 @@ class _Check:
         elif isinstance(value, list):
             reason = (
                 f'a link is written ["node id", slot], the id in quotes and the slot without, '
-                f"not {_shown(value)}"
+                f"not {shown(value)}"
             )
             yield self._problem(node_id, name, value, "bad_linked_input", reason)
         elif wanted in self._linkable and wanted not in _PRIMITIVES:
-            reason = f'wants a link to a {wanted} output, ["node id", slot], not {_shown(value)}'
+            reason = f'wants a link to a {wanted} output, ["node id", slot], not {shown(value)}'
             yield self._problem(node_id, name, value, "invalid_input_type", reason)
         elif wanted in _CONVERTERS:
             yield from self._number(node_id, name, value, wanted, _options(config))
         elif wanted == "BOOLEAN" and str(value).lower() in ("false", "no", "off", "0"):
             if isinstance(value, str):
-                reason = f"the text {_shown(value)} counts as true: write false, without quotes"
+                reason = f"the text {shown(value)} counts as true: write false, without quotes"
                 yield self._problem(node_id, name, value, "text_as_boolean", reason)
         elif wanted == "COMBO":
             yield from self._choice(node_id, name, value, config)
@@ -212,7 +210,7 @@ class _Check:
         try:
             number = convert(value)
         except (ValueError, TypeError, OverflowError):
-            reason = f"{_shown(value)} is no {words}"
+            reason = f"{shown(value)} is no {words}"
             yield self._problem(node_id, name, value, "invalid_input_type", reason)
             return
         low, high = options.get("min"), options.get("max")
@@ -231,14 +229,14 @@ class _Check:
             # In a subfolder, or with a folder's name in brackets behind it, it may well be there.
             if "/" not in str(value) and not str(value).endswith("]"):
                 nearest = nearest_names(str(value), known)
-                reason = f"{_shown(value)} is not in the server's input folder"
+                reason = f"{shown(value)} is not in the server's input folder"
                 reason += what_there_is(known, nearest)
                 yield self._problem(
                     node_id, name, value, "custom_validation_failed", reason, nearest
                 )
             return
         nearest = nearest_names(str(value), known)
-        reason = f"{_shown(value)} is not on the server{what_there_is(known, nearest)}"
+        reason = f"{shown(value)} is not on the server{what_there_is(known, nearest)}"
         yield self._problem(node_id, name, value, "value_not_in_list", reason, nearest)
 
 
@@ -270,8 +268,3 @@ def _fits(received: str, wanted: str) -> bool:
         return True  # only the server knows whether two lists of choices are the same
     kinds = set(wanted.split(","))
     return "*" in (wanted, received) or bool(kinds.intersection(received.split(",")))
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= _SHOWN_VALUE else f"{text[:_SHOWN_VALUE]}…"

@@ -266,11 +266,6 @@ class ComfyUIClient:
         info: dict[str, Any] = self._json(self.http.get("/object_info", waiter), "/object_info")
         return info
 
-    def system_stats(self, waiter: Waiter) -> dict[str, Any]:
-        """Return the server's version and devices."""
-        stats: dict[str, Any] = self._json(self.http.get("/system_stats", waiter), "/system_stats")
-        return stats
-
     def _json(self, answer: Answer, path: str) -> Any:
         try:
             return answer.json()
@@ -371,9 +366,9 @@ def _not_in_list(value: Any, extra: Mapping[str, Any]) -> tuple[str, tuple[str, 
     """Word the commonest mistake; the server's own details list every file that there is."""
     options = choices(extra.get("input_config"))
     if options is None:
-        return f"{_shown(value)} is not in the list", ()
+        return f"{shown(value)} is not in the list", ()
     nearest = nearest_names(str(value), options)
-    return f"{_shown(value)} is not on the server{what_there_is(options, nearest)}", nearest
+    return f"{shown(value)} is not on the server{what_there_is(options, nearest)}", nearest
 
 
 def choices(config: Any) -> list[str] | None:
@@ -418,7 +413,8 @@ def _likeness(wanted: str, candidate: str) -> float:
     return max(like, _ALIKE) if contained and candidate else like
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Write a value as JSON for a sentence, cut where it is long."""
     return _cut(json.dumps(value, ensure_ascii=False, default=str))
 
 

@@ -40,7 +40,6 @@ Auth = Union[tuple[str, str], AuthBase]
 
 CONNECT_SECONDS = 10.0
 READ_SECONDS = 30.0  # a ComfyUI server that loads a model can be silent for tens of seconds
-_CHUNK_BYTES = 64 * 1024
 _FIRST_WAIT = 0.1
 _LONGEST_WAIT = 5.0
 _ATTEMPTS = 40
