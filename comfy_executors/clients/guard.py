@@ -153,7 +153,7 @@ class _HTTPSPool(urllib3.HTTPSConnectionPool):
 
 
 class GuardedAdapter(HTTPAdapter):
-    """The adapter of requests, on connections that heed the `CallGuard` of their call."""
+    """The adapter of requests for one server, on connections that heed their call's `CallGuard`."""
 
     pools: ClassVar[dict[str, type[urllib3.HTTPConnectionPool]]] = {
         "http": _HTTPPool,
@@ -162,7 +162,18 @@ class GuardedAdapter(HTTPAdapter):
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, **kwargs)
+        self._pool: Any = None
         self.poolmanager.pool_classes_by_scheme = self.pools
+
+    def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
+        # All calls of a client go to one server: requests would work out for each which it is.
+        if self._pool is None:
+            self._pool = super().get_connection_with_tls_context(*args, **kwargs)
+        return self._pool
+
+    def close(self) -> None:
+        super().close()
+        self._pool = None
 
     def proxy_manager_for(self, *args: Any, **kwargs: Any) -> Any:
         manager = super().proxy_manager_for(*args, **kwargs)

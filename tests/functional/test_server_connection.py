@@ -388,7 +388,7 @@ def test_a_redirected_websocket_is_not_followed(server: DevServer) -> None:
 def test_keys_appear_nowhere(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     for name in ("urllib3", "websocket", "requests", "comfy_executors"):
-        logging.getLogger(name).setLevel(logging.DEBUG)
+        caplog.set_level(logging.DEBUG, logger=name)  # set back after the test
     shown = []
     with DevServer(headers={"Authorization": "Bearer other"}) as server:
         executor = ComfyServerWorkflowExecutor(
