@@ -168,8 +168,13 @@ class ComfyUIClient:
             return next(found, None)
 
     def delete(self, prompt_ids: Iterable[str], waiter: Waiter) -> None:
-        """Take prompts out of the queue; one that runs, or is unknown, stays as it is."""
-        self.http.call("POST", "/queue", waiter, json={"delete": sorted(prompt_ids)})
+        """Take prompts out of the queue; one that runs, or is unknown, stays as it is.
+
+        Also those whose post had no answer yet, and to which an old server gave an id of its own.
+        """
+        marks = self.queue(waiter).marks
+        known = sorted({marks.get(prompt_id, prompt_id) for prompt_id in prompt_ids})
+        self.http.call("POST", "/queue", waiter, json={"delete": known})
 
     def cancel(self, prompt_id: str, waiter: Waiter) -> None:
         """Take a prompt out of the queue, or interrupt it; never another one.
@@ -181,10 +186,11 @@ class ComfyUIClient:
         answer = self.http.call("POST", path, waiter, accept=(404, 405), json={})
         if answer.status == 200:
             return
-        # A prompt whose post had no answer may have an id that we do not know.
-        prompt_id = self.queue(waiter).marks.get(prompt_id, prompt_id)
         self.delete([prompt_id], waiter)
-        if prompt_id in self.queue(waiter).running:
+        # A prompt whose post had no answer may have an id that we do not know.
+        queue = self.queue(waiter)
+        prompt_id = queue.marks.get(prompt_id, prompt_id)
+        if prompt_id in queue.running:
             self.http.call("POST", "/interrupt", waiter, json={"prompt_id": prompt_id})
 
     def view(self, name: str, subfolder: str, type: str, waiter: Waiter) -> bytes | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from functools import partial
@@ -28,6 +29,8 @@ from server_kit import (
 )
 
 from comfy_executors import ComfyServerWorkflowExecutor, WorkflowTemplate
+from comfy_executors.clients.comfyui import ComfyUIClient
+from comfy_executors.clients.http import DeadlineWaiter, HttpClient
 from comfy_executors.devserver import DevServer
 from comfy_executors.errors import (
     PromptLostError,
@@ -448,6 +451,22 @@ def test_leaving_with_on_an_error_stops_the_server(version: str) -> None:
             fail_in_the_middle(executor, server)
         # What waited was deleted first: nothing began because something was interrupted.
         ended(server, interrupted=1, deleted=3)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_prompt_is_deleted_by_our_own_id_before_its_post_is_answered(version: str) -> None:
+    with old_and_new(version) as server:
+        http = HttpClient(server.url)
+        client, waiter = ComfyUIClient(http), DeadlineWaiter(PATIENCE)
+        ours = [str(uuid.uuid4()) for _ in range(3)]
+        for prompt_id in ours:
+            client.post_prompt(bench_graph(ENDLESS, steps=10_000), prompt_id, "us", waiter)
+        server.wait_for(lambda s: statuses(s) == {"running": 1, "pending": 2}, PATIENCE)
+        client.delete(ours, waiter)
+        assert statuses(server) == {"running": 1, "deleted": 2}
+        client.cancel(ours[0], waiter)
+        ended(server, interrupted=1, deleted=2)
+        http.close()
 
 
 def test_a_run_is_cancelled_while_the_websocket_is_not_answered(server: DevServer) -> None:
