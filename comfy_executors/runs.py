@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import NamedTuple, NoReturn, Protocol
 
 from comfy_executors.errors import (
@@ -161,8 +163,9 @@ class WorkflowRun:
     Iterating yields each image once, as batches complete, or in order with `ordered=True`; several
     threads may share one iteration. Batches are handed to the server as results are taken, so that
     a slow consumer does not fill the memory; asking for `futures`, `result()` or `outputs()`, and
-    `output_dir=`, lift that bound. A run belongs to the process that started it: in a forked child
-    it raises `WorkflowError`.
+    `output_dir=`, lift that bound. In `with`, leaving cancels what is left. A run that nobody holds
+    any more after its first images were taken is cancelled, too: nobody could take the others. A
+    run belongs to the process that started it: in a forked child it raises `WorkflowError`.
     """
 
     def __init__(
@@ -198,6 +201,8 @@ class WorkflowRun:
         self._current: deque[WorkflowOutputImage] = deque()  # of the batch taken last
         self._futures: dict[int, Future[BatchResult]] = {}  # once they were asked for
         self._keep = False
+        self._forsaken = False  # by its caller, and nobody has seen to it yet
+        self._discards = False
         self._unbounded = options.output_dir is not None
         self._cancelled = False
         self._raised: BaseException | None = None
@@ -209,6 +214,17 @@ class WorkflowRun:
         self._progress_failed = False
 
     # What a caller does with it.
+
+    def __enter__(self) -> WorkflowRun:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.cancel()
 
     def __iter__(self) -> Iterator[WorkflowOutputImage]:
         return self
@@ -257,10 +273,10 @@ class WorkflowRun:
         with self._changed:
             self._want_everything("futures")
             self._errors_seen = True  # each future tells its own
-            for index in range(len(self.batches)):
-                if index not in self._futures:
-                    self._futures[index] = self._new_future(index)
-            futures = [self._futures[index] for index in range(len(self.batches))]
+            if not self._futures:
+                every = range(len(self.batches))
+                self._futures = {index: self._new_future(index) for index in every}
+            futures = list(self._futures.values())
         self._on_room()
         return futures
 
@@ -344,7 +360,8 @@ class WorkflowRun:
             )
 
     def __del__(self) -> None:
-        self._warn_of_unseen_errors()
+        if self._is_done():  # otherwise the executor holds it, too, and is the last
+            self._warn_of_unseen_errors()
 
     # Inside, for the caller's side.
 
@@ -486,6 +503,37 @@ class WorkflowRun:
 
     # Inside, for the executor's side.
 
+    def _for_caller(self, on_forsaken: Callable[[WorkflowRun], None]) -> WorkflowRun:
+        """Make the object that the caller holds: a twin that shares all state with this one.
+
+        The executor holds this one, so that the end of the other tells that nobody can take any
+        results any more; a web server would pile up what its views left.
+
+        Args:
+            on_forsaken: Called then, by whoever drops it or by the garbage collector.
+        """
+        twin = object.__new__(type(self))
+        twin.__dict__ = self.__dict__
+        weakref.finalize(twin, on_forsaken, self).atexit = False
+        return twin
+
+    def _see_to_forsaken(self) -> None:
+        """Stop making what nobody can take, or at least keeping it."""
+        with self._changed:
+            self._forsaken = False
+            if self._unbounded:  # somebody holds its futures, or wants its files
+                return
+            gives_up = self._taken > 0
+            self._discards = self._unbounded = not gives_up
+            if self._discards:
+                self._results.clear()
+                self._others.clear()
+        if gives_up:
+            if self._stop(WorkflowCancelledError, "nobody holds the run any more"):
+                logger.info("%r is cancelled: nobody holds it, or could take its images", self)
+        else:
+            self._on_room()
+
     def _running(self) -> list[Cancellable]:
         """Return what works on the run's batches at present."""
         with self._changed:
@@ -509,7 +557,7 @@ class WorkflowRun:
 
     def _wants_more(self, pending: Container[int]) -> bool:
         """Tell whether a job of several batches shall go on; the lock is held."""
-        if self._unbounded or len(self._results) < self._window:
+        if self._unbounded or self._forsaken or len(self._results) < self._window:
             return True
         # Nobody will take anything before that one.
         return self.options.ordered and self._taken in pending
@@ -551,9 +599,10 @@ class WorkflowRun:
     def _succeed(self, result: BatchResult) -> None:
         with self._changed:
             self._active.pop(result.index, None)
-            self._results[result.index] = result
             self._images_made += len(result.images)
-            if result.outputs:
+            if not self._discards:
+                self._results[result.index] = result
+            if result.outputs and not self._discards:
                 self._others[result.index] = result.outputs
             self._note(result.index, None)
             future = self._futures.get(result.index)

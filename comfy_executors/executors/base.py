@@ -367,7 +367,14 @@ class BaseWorkflowExecutor(abc.ABC):
             except RuntimeError as error:  # no thread can be started, and there is none
                 self._runs.remove(run)
                 raise ExecutorClosedError(f"{type(self).__name__} cannot work: {error}") from error
-        return run
+        return run._for_caller(self._note_forsaken)
+
+    def _note_forsaken(self, run: WorkflowRun) -> None:
+        # Only this much: it may be the garbage collector that calls, at any moment.
+        with self._changed:
+            run._forsaken = True
+            self._changed.notify()
+            self._results_taken.notify_all()
 
     def _wake(self) -> None:
         with self._changed:
@@ -424,7 +431,7 @@ class BaseWorkflowExecutor(abc.ABC):
     def _next_work(self) -> Callable[[], object] | None:
         """Wait for something to do; None when this thread is to end."""
         with self._changed:
-            while (work := self._pick() or self._find_expired()) is None:
+            while (work := self._find_forsaken() or self._pick() or self._find_expired()) is None:
                 if not self._wait_for_work():
                     self._live -= 1
                     self._ended.notify_all()
@@ -432,6 +439,9 @@ class BaseWorkflowExecutor(abc.ABC):
             self._busy += 1
             self._see_to_work()
             return work
+
+    def _find_forsaken(self) -> Callable[[], object] | None:
+        return next((run._see_to_forsaken for run in self._runs if run._forsaken), None)
 
     def _find_expired(self) -> Callable[[], object] | None:
         deadline, run = self._next_deadline()
@@ -487,16 +497,17 @@ class BaseWorkflowExecutor(abc.ABC):
             reraise=True,
         )
         started = time.monotonic()
+        fail_rest = partial(_fail_rest, run, pending, control)
+        control.on_giving_up = fail_rest
         try:
             retrying(self._attempt, run, pending, control, started)
         except BaseException as error:  # whatever it was, the batch's future must hear of it
-            if not pending:
-                raise
             control.end()
-            if not isinstance(error, ComfyExecutorsError):
+            if not control.gave_up and not pending:
+                raise
+            if pending and not isinstance(error, ComfyExecutorsError):
                 logger.exception("batch %d failed in an unforeseen way", min(pending))
-            for index in pending:
-                _fail(run, control, index, error if len(pending) == 1 else _copy(error))
+            fail_rest(error)
 
     def _attempt(
         self, run: WorkflowRun, pending: dict[int, Batch], control: JobControl, started: float
@@ -516,6 +527,8 @@ class BaseWorkflowExecutor(abc.ABC):
                 del result  # it can be large, and the next one long in coming
                 if pending:
                     self._await_takers(run, control, pending)
+                if run._forsaken:  # all other threads may be busy
+                    run._see_to_forsaken()
         finally:
             # At once when something was raised here, so that the backend stops what runs.
             if isinstance(results, Generator):
@@ -610,6 +623,15 @@ class BaseWorkflowExecutor(abc.ABC):
 def _fail(run: WorkflowRun, control: JobControl, index: int, error: BaseException) -> None:
     control.progress(ProgressEvent("failed", index, message=str(error)))
     run._fail_batch(index, error)
+
+
+def _fail_rest(
+    run: WorkflowRun, pending: dict[int, Batch], control: JobControl, error: BaseException
+) -> None:
+    shared = len(pending) > 1
+    for index in list(pending):
+        del pending[index]  # first: what a callback raises is no second failure
+        _fail(run, control, index, _copy(error) if shared else error)
 
 
 def _copy(error: BaseException) -> BaseException:

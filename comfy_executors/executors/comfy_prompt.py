@@ -26,8 +26,10 @@ from comfy_executors.errors import (
     ServerError,
     ServerUnreachableError,
     WaitTimeoutError,
+    WorkflowCancelledError,
     WorkflowError,
     WorkflowRejectedError,
+    WorkflowTimeoutError,
 )
 from comfy_executors.executors.comfy_outputs import OutputCollector
 from comfy_executors.executors.control import JobControl
@@ -96,9 +98,11 @@ class ComfyPrompt:
             self._post()
             self._follow()
             return self._result()
-        except BaseException:
-            self._cancel()
+        except BaseException as error:
+            if isinstance(error, (WorkflowCancelledError, WorkflowTimeoutError)):
+                self._control.give_up(error)
             self._made.discard()
+            self._cancel()
             raise
         finally:
             self._control.prompt_id = None

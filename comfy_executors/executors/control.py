@@ -41,6 +41,8 @@ class JobControl:
         # Our own id of the job, the same in all its attempts.
         self.job_id = str(uuid.uuid4())
         self.batch_timeout = run.options.batch_timeout
+        self.on_giving_up: Callable[[BaseException], None] | None = None
+        self.gave_up = False
 
     # For the executor, the run, and whoever brings news.
 
@@ -154,6 +156,16 @@ class JobControl:
             has_place, self._has_place = self._has_place, False
         if has_place:
             self._release_place()
+
+    def give_up(self, error: BaseException) -> None:
+        """Fail what is left of the job now, before what it has on a server is taken back.
+
+        Without it a caller's `timeout` would be over only when a server that hangs has not
+        answered the cancelling either. The job then still ends by raising the error.
+        """
+        self.gave_up = True
+        if self.on_giving_up is not None:
+            self.on_giving_up(error)
 
     def progress(self, event: ProgressEvent) -> None:
         """Pass a progress event on to the run's `on_progress`."""

@@ -1,0 +1,185 @@
+"""Runs that their caller lets go of: nothing piles up, and nothing is made that nobody can take."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import Future, wait
+from pathlib import Path
+from typing import Any
+
+import pytest
+from core_backend import DEADLINE, GatedExecutor, picture, run_freely, threads_of
+
+from comfy_executors import (
+    BaseWorkflowExecutor,
+    Batch,
+    BatchResult,
+    WorkflowCancelledError,
+    WorkflowOutputImage,
+    WorkflowTemplate,
+    WorkflowTimeoutError,
+)
+from comfy_executors.executors.control import JobControl
+from comfy_executors.runs import Job
+
+GRAPH = {"1": {"class_type": "SaveImage", "inputs": {"seed": 1}}}
+
+
+class WholeRuns(BaseWorkflowExecutor):
+    """Is handed each run in one job, as a serverless backend is."""
+
+    def __init__(self) -> None:
+        super().__init__(max_workers=1)
+        self.made: list[weakref.ref[WorkflowOutputImage]] = []
+        self.ended: Future[type[BaseException] | None] = Future()
+
+    def _job_size(self, batches: Any, job: Job) -> int:
+        return len(batches)
+
+    def _run_job(self, job: Job, control: JobControl) -> Iterator[BatchResult]:
+        try:
+            for batch in job.batches:
+                control.limit(0)
+                image = picture(batch)
+                self.made.append(weakref.ref(image))
+                yield BatchResult(batch.index, [image])
+                del image
+        except BaseException as error:
+            self.ended.set_result(type(error))  # its traceback would hold the images
+            raise
+        self.ended.set_result(None)
+
+    def alive(self) -> int:
+        gc.collect()
+        return sum(image() is not None for image in self.made)
+
+
+def test_views_that_take_one_image_each_leave_nothing_behind() -> None:
+    seen = []
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def remember(executor: GatedExecutor, tag: str, batch: Batch, control: JobControl) -> None:
+        alive.add(batch)
+
+    with GatedExecutor(remember, max_workers=2) as executor:
+        for view in range(50):
+            for image in executor.submit(1000, str(view)):
+                seen.append(image.batch_index)
+                break
+        del image
+        # One more goes through all threads, which see to the others first.
+        assert len(executor.submit(1).result(DEADLINE)) == 1
+    assert len(seen) == 50
+    begun = executor.count("begin")
+    assert begun <= 50 * 5 + 1  # the window, and one for the image that was taken
+    gc.collect()
+    assert len(alive) == 0
+    assert threads_of(executor) == []
+
+
+def test_a_run_that_is_still_held_is_made_to_its_end_after_a_break() -> None:
+    with GatedExecutor(run_freely, max_workers=1) as executor:
+        run = executor.submit(20)
+        next(run)
+    assert executor.count("end") == 20
+    assert len(list(run)) == 19
+
+
+def test_a_run_that_was_only_started_is_made_and_not_kept() -> None:
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    class Watched(GatedExecutor):
+        def _run_job(self, job: Job, control: JobControl) -> Iterator[BatchResult]:
+            for result in super()._run_job(job, control):
+                alive.update(result.images)
+                yield result
+                del result
+
+    with Watched(run_freely, max_workers=1) as executor:
+        executor.submit(40)
+        executor.wait_until("end", 40)
+        executor.submit(1).result(DEADLINE)
+        gc.collect()
+        assert len(alive) <= 1
+
+
+@pytest.mark.parametrize("kept", ["futures", "files"])
+def test_futures_and_files_are_enough_to_go_on(kept: str, tmp_path: Path) -> None:
+    with GatedExecutor(run_freely, max_workers=1) as executor:
+        run = executor.submit(20, output_dir=tmp_path if kept == "files" else None)
+        first = next(run) if kept == "files" else None
+        futures = run.futures if kept == "futures" else []
+        del run
+        gc.collect()
+    assert executor.count("end") == 20
+    assert len(wait(futures, DEADLINE).done) == len(futures)
+    assert len(list(tmp_path.iterdir())) == (20 if first else 0)
+
+
+def test_a_job_of_a_whole_run_ends_when_nobody_holds_the_run() -> None:
+    executor = WholeRuns()
+    run = executor.submit_workflow(WorkflowTemplate.from_graph(GRAPH), num_samples=1000)
+    next(run)
+    del run
+    gc.collect()
+    assert executor.ended.result(DEADLINE) in (WorkflowCancelledError, GeneratorExit)
+    assert len(executor.made) < 20
+    executor.close()
+    assert executor.alive() == 0
+
+
+def test_a_job_of_a_whole_run_that_was_only_started_is_made_and_not_kept() -> None:
+    with WholeRuns() as executor:
+        executor.submit_workflow(WorkflowTemplate.from_graph(GRAPH), num_samples=1000)
+        assert executor.ended.result(DEADLINE) is None
+        assert len(executor.made) == 1000
+        executor.submit_workflow(WorkflowTemplate.from_graph(GRAPH)).cancel()
+    assert executor.alive() == 0
+
+
+def test_leaving_the_with_block_of_a_run_cancels_the_rest() -> None:
+    with GatedExecutor(run_freely, max_workers=1) as executor:
+        with executor.submit(100) as run:
+            next(run)
+        assert run.cancelled()
+        with executor.submit(3) as whole:
+            assert len(list(whole)) == 3
+        assert not whole.cancelled()
+    assert executor.count("begin") <= 3 + 5
+
+
+def test_a_caller_hears_of_its_timeout_before_the_job_was_taken_back() -> None:
+    told: Future[None] = Future()
+
+    class Hanging(BaseWorkflowExecutor):
+        """Takes the prompt back from a server that does not answer."""
+
+        def _run_job(self, job: Job, control: JobControl) -> Iterator[BatchResult]:
+            try:
+                control.sleep(DEADLINE)
+            except WorkflowTimeoutError as error:
+                control.give_up(error)
+                told.result(DEADLINE)
+                raise
+            yield BatchResult(0, [])
+
+    with Hanging() as executor:
+        template = WorkflowTemplate.from_graph(GRAPH)
+        run = executor.submit_workflow(template, num_samples=3, timeout=0.05)
+        errors = [future.exception(DEADLINE) for future in run.futures]
+        assert [type(error) for error in errors] == [WorkflowTimeoutError] * 3
+        assert run.done()
+        assert len(run.errors) == 3
+        told.set_result(None)
+    assert threads_of(executor) == []
+
+
+def test_a_future_of_many_is_found_without_making_all_anew() -> None:
+    with GatedExecutor(run_freely) as executor:
+        run = executor.submit(50)
+        first = run.futures
+        assert all(run.futures[index] is first[index] for index in range(50))
+        first.clear()
+        assert len(run.futures) == 50
