@@ -24,6 +24,7 @@ import urllib3.exceptions
 from requests.adapters import HTTPAdapter
 from requests.auth import AuthBase, HTTPBasicAuth
 from requests.cookies import extract_cookies_to_jar
+from requests.hooks import dispatch_hook
 
 from comfy_executors.clients.guard import CallGuard, GuardedAdapter
 from comfy_executors.errors import (
@@ -336,16 +337,16 @@ class HttpClient:
             with (
                 guard,
                 waiter.interrupting(guard.interrupt),
-                # Past the session, which would follow redirects and do much else.
-                self._adapter.send(prepared, timeout=timeout, **self._settings) as response,
+                self._send(prepared, timeout) as response,
             ):
                 guard.head_is_here()
                 content = b"".join(response.iter_content(_CHUNK_BYTES))
-                if "set-cookie" in response.headers:
-                    # Such as those that keep a client at one of several servers.
-                    extract_cookies_to_jar(  # type: ignore[no-untyped-call]
-                        self._session.cookies, prepared, response.raw
-                    )
+                for each in (*response.history, response):
+                    if "set-cookie" in each.headers:
+                        # Such as those that keep a client at one of several servers.
+                        extract_cookies_to_jar(  # type: ignore[no-untyped-call]
+                            self._session.cookies, each.request, each.raw
+                        )
         except requests.RequestException as error:
             waiter.limit(READ_SECONDS)  # a deadline or a cancellation is its own error
             raise self._unreachable(error) from error
@@ -361,6 +362,17 @@ class HttpClient:
                 maybe_received=True,
             )
         return answer
+
+    def _send(
+        self, prepared: requests.PreparedRequest, timeout: tuple[float, float]
+    ) -> requests.Response:
+        # Past the session, which would follow redirects and do much else.
+        response = self._adapter.send(prepared, timeout=timeout, **self._settings)
+        # Here an `auth` such as HTTPDigestAuth answers a 401.
+        answered: requests.Response = dispatch_hook(  # type: ignore[no-untyped-call]
+            "response", prepared.hooks, response, timeout=timeout, **self._settings
+        )
+        return answered
 
     def _prepare(self, request: requests.Request) -> requests.PreparedRequest:
         path = request.url[len(self.base_url) :]
