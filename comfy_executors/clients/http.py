@@ -46,7 +46,7 @@ _CHUNK_BYTES = 1 << 20
 _PLAIN_PATH = re.compile(r"(/[A-Za-z0-9_~-]*)+")  # that nothing has to be quoted in
 _FIRST_WAIT = 0.1
 _LONGEST_WAIT = 5.0
-_ATTEMPTS = 40
+_ATTEMPTS, _ATTEMPTS_A_SECOND = 40, 1.0  # waits are longer on average: the time decides
 _ATTEMPTS_BEFORE_FIRST_ANSWER = 3  # a wrong address should not take a minute to say so
 # What a proxy or an overloaded server answers for a while; 52x are Cloudflare's.
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524}
@@ -247,27 +247,28 @@ class HttpClient:
         """GET, repeated while the server is out of reach or overloaded. See `call`."""
         return self.retry(lambda: self.call("GET", path, waiter, accept=accept, **kwargs), waiter)
 
-    def retry(self, call: Callable[[], T], waiter: Waiter, *, attempts: int = _ATTEMPTS) -> T:
+    def retry(self, call: Callable[[], T], waiter: Waiter, *, attempts: int | None = None) -> T:
         """Repeat a call that is safe to repeat while its errors are transient.
 
         Args:
             call: The call.
             waiter: Its deadline and cancellation end the waits in between, too.
-            attempts: How often to try at the most.
+            attempts: How often to try at the most; by default `outage_timeout` decides.
 
         Raises:
             ServerError: The last error, after `outage_timeout` seconds, or at once if it is not
                 transient.
         """
         first_failure: list[float] = []
+        most = attempts or _ATTEMPTS + _ATTEMPTS_A_SECOND * self._outage_timeout
 
         def stop(state: tenacity.RetryCallState) -> bool:
             # From the first failure on: a call that waits in vain may take as long by itself.
             first_failure.append(time.monotonic())
             if not self._answered:
-                return state.attempt_number >= min(attempts, _ATTEMPTS_BEFORE_FIRST_ANSWER)
+                return state.attempt_number >= min(most, _ATTEMPTS_BEFORE_FIRST_ANSWER)
             outage = time.monotonic() - first_failure[0]
-            return state.attempt_number >= attempts or outage >= self._outage_timeout
+            return state.attempt_number >= most or outage >= self._outage_timeout
 
         policy = tenacity.Retrying(
             retry=tenacity.retry_if_exception(is_transient),

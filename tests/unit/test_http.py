@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from comfy_executors.clients import http
 from comfy_executors.clients.http import (
     Answer,
     DeadlineWaiter,
@@ -208,6 +209,55 @@ def test_the_deadline_ends_the_retries() -> None:
     with pytest.raises(WaitTimeoutError, match=r"no answer within 0\.05 s"):
         client.retry(call, _Waiter(0.05))
     client.close()
+
+
+class _Clock(DeadlineWaiter):
+    """Whose waits are over at once, and are what the time consists of."""
+
+    def __init__(self, speed: float = 1.0) -> None:
+        super().__init__(10)
+        self.speed = speed
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += self.speed * seconds
+
+
+def outage(
+    monkeypatch: pytest.MonkeyPatch, clock: _Clock, seconds: float, attempts: int | None = None
+) -> int:
+    """Call a server that answered before and is gone now; tell how often it was tried."""
+    client, calls = HttpClient(URL, outage_timeout=seconds), []
+    client._answered = True
+    monkeypatch.setattr(http, "time", clock)
+
+    def call() -> None:
+        calls.append(1)
+        raise ServerUnreachableError("gone", URL, transient=True)
+
+    with pytest.raises(ServerUnreachableError):
+        client.retry(call, clock, attempts=attempts)
+    client.close()
+    return len(calls)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 3.0, 60.0, 600.0, 7200.0])
+def test_an_outage_is_waited_for_as_long_as_was_said(
+    monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    clock = _Clock()
+    outage(monkeypatch, clock, seconds)
+    assert seconds <= clock.now <= seconds + 5
+
+
+@pytest.mark.parametrize(("given", "made"), [(None, 100), (3, 3)])
+def test_attempts_are_bounded_where_the_time_is_not(
+    monkeypatch: pytest.MonkeyPatch, given: int | None, made: int
+) -> None:
+    assert outage(monkeypatch, _Clock(speed=0.0), 60.0, given) == made
 
 
 class _Waiter(DeadlineWaiter):
