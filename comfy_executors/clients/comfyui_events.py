@@ -8,6 +8,7 @@ server's queue and history up instead.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import logging
 import os
@@ -48,7 +49,31 @@ _FEATURES = json.dumps({"type": "feature_flags", "data": {"supports_preview_meta
 Sink = Callable[[Event], None]
 
 
-class _BufferedWebSocket(websocket.WebSocket):
+def _load_again(name: str) -> Any:
+    """Load a module once more, beside the one that everybody imports."""
+    spec: Any = importlib.util.find_spec(name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class _NoCookies:
+    def add(self, set_cookie: str | None) -> None:
+        pass
+
+    def get(self, host: str) -> str:
+        return ""
+
+
+# websocket-client has one jar for all connections of a process, and goes by the domain that a
+# server names: one user's session would go out with another's handshake. Ours send the cookies of
+# their HttpClient instead, and others' stay as they are.
+_handshake, _core = _load_again("websocket._handshake"), _load_again("websocket._core")
+_handshake.CookieJar = _NoCookies()
+_core.handshake = _handshake.handshake
+
+
+class _BufferedWebSocket(_core.WebSocket):  # type: ignore[misc, name-defined]
     """Reads what has arrived at once, instead of each frame in three pieces.
 
     A prompt has twenty frames or more, and with each read the other threads take the
@@ -60,7 +85,7 @@ class _BufferedWebSocket(websocket.WebSocket):
 
     def _recv(self, bufsize: int) -> bytes:
         if self._position == len(self._arrived):
-            self._arrived = super()._recv(_READ_BYTES)  # type: ignore[no-untyped-call]
+            self._arrived = super()._recv(_READ_BYTES)
             self._position = 0
         start, self._position = self._position, self._position + bufsize
         data = self._arrived[start : self._position]
