@@ -253,18 +253,19 @@ class EventStream:
             # In pure Python it costs more than all the rest; JSON checks the encoding anyway.
             skip_utf8_validation=True,
         )
-        if not self._connect(connection, client_id, failures):
-            _hang_up(connection)
-            return False
+        connected = False
         try:
-            self._read(connection)
+            connected = self._connect(connection, client_id, failures)
+            if connected:
+                self._read(connection)
         except (websocket.WebSocketException, OSError) as error:
             if not self._closed:
                 logger.info("the websocket to %s was lost: %s", self._http.base_url, error)
         finally:
             _hang_up(connection)
-            self._tell_lost(client_id)
-        return True
+            if connected:
+                self._tell_lost(client_id)
+        return connected
 
     def _connect(self, connection: websocket.WebSocket, client_id: str, failures: int) -> bool:
         with self._changed:
@@ -272,8 +273,9 @@ class EventStream:
         try:
             self._open(connection, client_id)
             connected = True
-        except (websocket.WebSocketException, OSError, ValueError) as error:
-            # The exception's own text can hold headers of the answer.
+        except Exception as error:
+            # Of any kind: it comes of what a server sends, and of what an auth does. Its own text
+            # can hold headers of the answer.
             reason = getattr(error, "status_code", None) or type(error).__name__
             if failures == 0 and not self._closed:
                 logger.warning(
