@@ -398,8 +398,22 @@ class HttpClient:
         has_known_body = request.method in ("GET", "HEAD") or request.json is not None
         return has_known_body and not signs and _PLAIN_PATH.fullmatch(path) is not None
 
+    def _through(self) -> str:
+        """Name the proxy that calls go through, without its password."""
+        proxy = requests.utils.select_proxy(self.base_url, self._settings["proxies"])
+        if not proxy:
+            return ""
+        host = _without_user(proxy).split("//")[-1].rstrip("/")
+        return f" through the proxy {host} of the environment"
+
     def _unreachable(self, error: requests.RequestException) -> ServerError:
-        server = self.base_url
+        server, through = self.base_url, self._through()
+        if isinstance(error, requests.exceptions.InvalidSchema):
+            return ServerUnreachableError(
+                f"{server} cannot be reached{through}: SOCKS needs PySocks, "
+                "pip install requests[socks]; or set NO_PROXY",
+                server=server,
+            )
         if isinstance(error, requests.exceptions.SSLError) and not _was_cut_off(error):
             speaks_http = "WRONG_VERSION_NUMBER" in str(error)
             hint = (
@@ -411,18 +425,23 @@ class HttpClient:
                 f"{server}: TLS failed: {_root_cause(error)}; {hint}", server=server
             )
         if isinstance(error, requests.exceptions.ReadTimeout):
-            message = f"{server} did not answer in time"
+            message = f"{server} did not answer{through} in time"
         elif isinstance(error, requests.exceptions.ConnectTimeout):
-            message = f"{server} cannot be reached: no connection within {CONNECT_SECONDS:g} s"
+            seconds = f"{CONNECT_SECONDS:g} s"
+            message = f"{server} cannot be reached{through}: no connection within {seconds}"
         else:
-            message = f"{server} cannot be reached: {_root_cause(error)}"
-        message += "" if self._answered else "; check the address, and that the server runs"
+            message = f"{server} cannot be reached{through}: {_root_cause(error)}"
+        if through:
+            message += "; set NO_PROXY if it is to be reached directly"
+        elif not self._answered:
+            message += "; check the address, and that the server runs"
         return ServerUnreachableError(
             message, server=server, transient=True, maybe_received=not _never_sent(error)
         )
 
     def _refusal(self, what: str, answer: Answer) -> ServerError:
         server, status = self.base_url, answer.status
+        what += self._through()  # which may be whose answer it is
         if status in (401, 403):
             hint = "is the key right?" if self._has_key() else "pass headers= or auth="
             return AuthenticationError(

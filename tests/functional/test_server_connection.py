@@ -9,11 +9,14 @@ import hashlib
 import http.server
 import json
 import logging
+import os
 import pickle
 import re
 import shutil
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -434,9 +437,49 @@ def test_a_proxy_in_the_environment_is_used(
     with web_server(answers(502)) as (proxy, seen):
         monkeypatch.setenv("http_proxy", f"http://{proxy}")
         monkeypatch.setenv("no_proxy", "")
-        failure(f"{server.address}", ServerResponseError, "502")
+        caught = failure(f"{server.address}", ServerResponseError, "502")
+        assert f"through the proxy {proxy} of the environment" in str(caught)
         assert len(seen) == 3
     assert server.requests == []
+
+
+def test_a_proxy_that_is_down_is_named_without_its_password(
+    server: DevServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", f"http://me:{KEY}@127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
+    caught = failure(server.address, ServerUnreachableError, "set NO_PROXY")
+    assert f"{server.url} cannot be reached through the proxy 127.0.0.1:9 of " in str(caught)
+    assert KEY not in "".join(traceback.format_exception(None, caught, caught.__traceback__))
+
+
+_WITHOUT_PYSOCKS = """
+import sys
+sys.modules["socks"] = None  # as if it were not installed
+from comfy_executors import ComfyServerWorkflowExecutor, WorkflowTemplate
+from comfy_executors.errors import ServerUnreachableError
+template = WorkflowTemplate.from_graph({"1": {"class_type": "A", "inputs": {}}})
+with ComfyServerWorkflowExecutor("localhost:9") as executor:
+    try:
+        executor.submit_workflow(template).result(30)
+    except ServerUnreachableError as error:
+        print(error.transient, error)
+"""
+
+
+def test_a_socks_proxy_without_pysocks_says_what_is_missing() -> None:
+    proxies = {"all_proxy": f"socks5h://me:{KEY}@127.0.0.1:9", "no_proxy": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_PYSOCKS],
+        env={**os.environ, **proxies},
+        capture_output=True,
+        text=True,
+        timeout=2 * PATIENCE,
+    )
+    words = "False http://localhost:9 cannot be reached through the proxy 127.0.0.1:9 of the "
+    words += "environment: SOCKS needs PySocks, pip install requests[socks]; or set NO_PROXY\n"
+    assert done.stdout == words, done.stderr
+    assert KEY not in done.stderr
 
 
 def test_no_proxy_is_respected(server: DevServer, monkeypatch: pytest.MonkeyPatch) -> None:
