@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -230,8 +231,26 @@ def plan_batches(num_samples: int, batch_size: int) -> list[int]:
     Raises:
         ValueError: One of them is below 1 or no integer.
     """
-    for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, not {value!r}")
-    full, rest = divmod(num_samples, batch_size)
+    batch_size = whole_number("batch_size", batch_size, 1)
+    full, rest = divmod(whole_number("num_samples", num_samples, 1), batch_size)
     return [batch_size] * full + ([rest] if rest else [])
+
+
+def whole_number(name: str, value: Any, least: int) -> int:
+    """Make an int of what counts as one, such as NumPy's integers; truth values do not.
+
+    Args:
+        name: What the number is called in the error.
+        value: The number.
+        least: The lowest that is allowed.
+
+    Raises:
+        ValueError: It is no such number.
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least:
+        raise ValueError(f"{name} must be a whole number from {least}, not {value!r}")
+    return number

@@ -47,6 +47,7 @@ from comfy_executors.errors import (
 )
 from comfy_executors.executors.control import JobControl
 from comfy_executors.executors.plan import Plan, refuse_previews_only
+from comfy_executors.graphs import whole_number
 from comfy_executors.images import InputImageSet, InputImageSource, WorkflowOutputImage
 from comfy_executors.runs import (
     Batch,
@@ -96,11 +97,8 @@ class BaseWorkflowExecutor(abc.ABC):
     _parked: int  # jobs, each on a thread, that wait until somebody takes results
 
     def __init__(self, batch_size: int = 1, *, max_workers: int = 4) -> None:
-        for name, value in (("batch_size", batch_size), ("max_workers", max_workers)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number from 1, not {value!r}")
-        self.batch_size = batch_size
-        self.max_workers = max_workers
+        self.batch_size = whole_number("batch_size", batch_size, 1)
+        self.max_workers = whole_number("max_workers", max_workers, 1)
         self.input_base_dir = "input"
         self._known_runs = weakref.WeakSet()
         self._reset_threads()

@@ -87,7 +87,7 @@ class ComfyServerWorkflowExecutor(BaseWorkflowExecutor):
             auth=auth or user,
             verify=verify if isinstance(verify, bool) else os.fspath(verify),
             outage_timeout=outage_timeout,
-            connections=2 * max_workers + 1,
+            connections=2 * self.max_workers + 1,
         )
         self._client = ComfyUIClient(self._http)
         self._events = EventStream(self._http)

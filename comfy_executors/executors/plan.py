@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from comfy_executors.errors import GraphError, InputImageError, TemplateVariablesError
+from comfy_executors.graphs import whole_number
 from comfy_executors.images import InputImageSet
 from comfy_executors.runs import Batch
 from comfy_executors.workflows import (
@@ -70,6 +71,7 @@ class Plan:
         if input_images is not None:
             self._add_input_images(input_images, input_images_dir)
         self._rendered: dict[int, Graph] = {}
+        batch_size = whole_number("batch_size", batch_size, 1)
         sizes = plan_batches(num_samples, batch_size if "batch_size" in self._wants else 1)
         seeds: Sequence[int | None] = _draw_seeds(len(sizes), seed, randomize_seed)
         for size in {sizes[0], sizes[-1]}:
@@ -165,8 +167,7 @@ def _with_arguments(error: TemplateVariablesError) -> TemplateVariablesError:
 
 def _draw_seeds(count: int, seed: int | None, randomize: bool) -> Sequence[int | None]:
     if seed is not None:
-        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-            raise ValueError(f"seed must be a whole number from 0, not {seed!r}")
+        seed = whole_number("seed", seed, 0)
         if seed + count - 1 > _MAX_SEED:
             raise ValueError(f"seed {seed} + {count - 1} is above {_MAX_SEED}")
         return range(seed, seed + count)

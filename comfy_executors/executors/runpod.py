@@ -32,6 +32,7 @@ from comfy_executors.executors.runpod_attached import (
 from comfy_executors.executors.runpod_job import JobLimits, RunPodJobRun, cancel_job
 from comfy_executors.executors.runpod_official import OfficialWorker
 from comfy_executors.executors.runpod_queue import QueueWatch
+from comfy_executors.graphs import whole_number
 from comfy_executors.images import InputImageSet, InputImageSource
 from comfy_executors.runs import (
     Batch,
@@ -94,12 +95,8 @@ class RunPodWorkflowExecutor(BaseWorkflowExecutor):
     ) -> None:
         _check_choice("worker", worker, WORKERS)
         _check_choice("on_uncertain_submit", on_uncertain_submit, _UNCERTAIN)
-        if batches_per_job is not None and not (
-            type(batches_per_job) is int and batches_per_job >= 1
-        ):
-            raise ValueError(
-                f"batches_per_job must be a whole number from 1, not {batches_per_job!r}"
-            )
+        if batches_per_job is not None:
+            batches_per_job = whole_number("batches_per_job", batches_per_job, 1)
         low, high = EXECUTION_TIMEOUT_SECONDS
         if not low <= execution_timeout <= high:
             raise ValueError(f"execution_timeout is from {low:g} to {high:g} seconds")

@@ -40,6 +40,35 @@ def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception], word
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize("value", [0, -1, "x", 2.5, True, None])
+def test_numbers_that_are_none_are_refused(value: Any) -> None:
+    graph = WorkflowTemplate.from_graph({"1": {"class_type": "SaveImage", "inputs": {}}})
+    for name in ("batch_size", "max_workers"):
+        with pytest.raises(ValueError, match=f"{name} must be a whole number from 1"):
+            DummyWorkflowExecutor(**{name: value})
+    with DummyWorkflowExecutor(image_size=8) as executor:
+        # Also where the template does not use it.
+        for template in (WorkflowTemplate(PLAIN), graph):
+            for name in ("num_samples", *(["batch_size"] if value is not None else [])):
+                with pytest.raises(ValueError, match=f"{name} must be a whole number from 1"):
+                    executor.submit_workflow(template, **{name: value})
+
+
+class Seven:
+    """An integer of another kind, as NumPy has them."""
+
+    def __index__(self) -> int:
+        return 7
+
+
+def test_integers_of_another_kind_are_integers() -> None:
+    seven: Any = Seven()
+    with DummyWorkflowExecutor(batch_size=seven, max_workers=seven, image_size=8) as executor:
+        run = executor.submit_workflow(WorkflowTemplate(PLAIN), num_samples=seven, seed=seven)
+        assert run.batches[0].render(run.batches[0])["1"]["inputs"] == {"seed": 7, "size": 7}
+        assert [type(image.seed) for image in run.result(30)] == [int] * 7
+
+
 def test_missing_variables_name_the_arguments_that_they_stand_for() -> None:
     with DummyWorkflowExecutor() as executor, pytest.raises(TemplateVariablesError) as caught:
         executor.submit_workflow(WorkflowTemplate(LOADING), randomize_seed=False)
