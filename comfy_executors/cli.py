@@ -7,6 +7,7 @@ cannot be used, 130 cancelled by Ctrl-C or SIGTERM, with our prompts taken off t
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import json
 import os
@@ -53,6 +54,7 @@ from comfy_executors.executors.comfy_server import ComfyServerWorkflowExecutor
 
 _DEMO_TEMPLATE = Path(__file__).with_name("demo") / "workflow.json.jinja"
 _DEMO_PROMPT = "a red fox asleep in a snowy forest, morning light"
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 _NEXT = """
 The images are in {folder}. They are placeholders: no model ran.
 
@@ -95,13 +97,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with _sigterm_as_ctrl_c():
-            code: int = args.command(args)
+            code = _run_command(args)
+            sys.stdout.flush()
             return code
     except KeyboardInterrupt:
         return CANCELLED
     except BrokenPipeError:
         _abandon_stdout()
         return FAILED
+    except OSError as error:
+        # Of the library's own files an OutputFileError would tell.
+        if error.errno not in _FULL:
+            raise
+        _abandon_stdout()
+        print(f"error: cannot write to stdout: {error.strerror}", file=sys.stderr)
+        return FAILED
+
+
+def _run_command(args: argparse.Namespace) -> int:
+    try:
+        code: int = args.command(args)
+        return code
     except ComfyExecutorsError as error:
         if getattr(args, "json", False):
             print(json_line("error", **error_facts(error)), flush=True)

@@ -421,6 +421,26 @@ def test_what_came_before_ctrl_c_is_told(cli: Cli) -> None:
     assert not {"running", "pending"} & cli.statuses().keys()
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("run", "bench.jinja", "--num-samples", "40", "--var", "seconds=0.2"),
+        ("run", "bench.jinja", "--json"),
+        ("run", "bench.jinja", "--json", "--var", "unknown=1"),
+        ("version",),
+    ],
+)
+def test_a_full_stdout_is_one_line(cli: Cli, arguments: tuple[str, ...]) -> None:
+    with open("/dev/full", "w") as full:
+        process = cli.start(*arguments, stdout=full)
+        _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1
+    last = "error: cannot write to stdout: No space left on device"
+    assert [line for line in err.splitlines() if "error" in line.lower()] == [last]
+    cli.server.wait_for(lambda server: not {"running", "pending"} & set(cli.statuses()))
+    assert cli.statuses()["success"] < 40
+
+
 def test_a_closed_pipe_ends_the_run_quietly(cli: Cli) -> None:
     process = cli.start(
         *("run", "bench.jinja", "--var-json", "seconds=0.05", "--num-samples", "2000")
