@@ -17,13 +17,13 @@ class Rule:
     """What happens to matching requests.
 
     Args:
-        kind: `fail`, `delay`, `reset_before`, `reset_after` or `truncate`.
+        kind: `fail`, `fail_after`, `delay`, `reset_before`, `reset_after` or `truncate`.
         method: The HTTP method.
         path: A glob for the path, without the server's prefix and without `/api`.
         left: How many more requests it applies to; None for all.
-        status: The HTTP status of a `fail`.
-        body: The body of a `fail`.
-        headers: The headers of a `fail`.
+        status: The HTTP status of a `fail` or `fail_after`.
+        body: The body of a `fail` or `fail_after`.
+        headers: The headers of a `fail` or `fail_after`.
         seconds: The time of a `delay`.
     """
 
@@ -98,8 +98,20 @@ class Faults:
         times: int | None = 1,
     ) -> None:
         """Answer matching requests with this instead; an HTML page unless the headers say so."""
-        fields = {"Content-Type": "text/html; charset=utf-8", **(headers or {})}
-        self._add(Rule("fail", method, path, times, status=status, body=body, headers=fields))
+        self._add(_failing("fail", method, path, times, status, body, headers))
+
+    def fail_after(
+        self,
+        method: str,
+        path: str,
+        *,
+        status: int = 502,
+        body: str = _BAD_GATEWAY,
+        headers: Mapping[str, str] | None = None,
+        times: int | None = 1,
+    ) -> None:
+        """Process the request, then answer with this instead, as a proxy does that lost it."""
+        self._add(_failing("fail_after", method, path, times, status, body, headers))
 
     def delay(self, method: str, path: str, seconds: float, times: int | None = None) -> None:
         """Let matching requests wait before they are looked at."""
@@ -157,6 +169,19 @@ class Faults:
                 return False
             self.drop_websocket_after = None
             return True
+
+
+def _failing(
+    kind: str,
+    method: str,
+    path: str,
+    times: int | None,
+    status: int,
+    body: str,
+    headers: Mapping[str, str] | None,
+) -> Rule:
+    fields = {"Content-Type": "text/html; charset=utf-8", **(headers or {})}
+    return Rule(kind, method, path, times, status=status, body=body, headers=fields)
 
 
 def plain_path(path: str) -> str:

@@ -107,17 +107,23 @@ async def drop_type_of_nothing(request: web.Request, response: web.StreamRespons
 
 async def _cut_short(rule: Rule, request: web.Request, handler: Handler) -> web.StreamResponse:
     if rule.kind == "fail":
-        return web.Response(status=rule.status, text=rule.body, headers=rule.headers)
+        return _failed(rule)
     if rule.kind == "reset_before":
         reset_transport(request.transport)
         raise _ConnectionCutError
     response = await handler(request)
+    if rule.kind == "fail_after":
+        return _failed(rule)
     if rule.kind == "reset_after":
         reset_transport(request.transport)
         raise _ConnectionCutError
     if not isinstance(response, web.Response):
         return response
     return await _truncated(request, response)
+
+
+def _failed(rule: Rule) -> web.Response:
+    return web.Response(status=rule.status, text=rule.body, headers=rule.headers)
 
 
 async def _truncated(request: web.Request, response: web.Response) -> web.StreamResponse:

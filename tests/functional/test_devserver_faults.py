@@ -174,6 +174,15 @@ def test_a_reset_before_or_after_a_post(server: DevServer, fault: str, accepted:
     assert len(server.prompts) == accepted + 1
 
 
+def test_a_post_that_is_accepted_and_answered_by_a_page(server: DevServer) -> None:
+    server.faults.fail_after("POST", "/prompt", status=504)
+    body = {"prompt": plain()}
+    answer = requests.post(f"{server.url}/prompt", json=body, timeout=PATIENCE)
+    assert (answer.status_code, answer.headers["Content-Type"][:9]) == (504, "text/html")
+    server.wait_for(finished())
+    assert [record.status for record in server.requests] == [504]
+
+
 def test_a_truncated_answer_announces_the_whole(server: DevServer) -> None:
     path = "/view?filename=example.png&type=input"
     whole = call(server, "GET", path).content

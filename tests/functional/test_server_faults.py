@@ -273,6 +273,18 @@ def test_a_post_reset_after_it_was_accepted_is_found_again(version: str, seconds
         assert served(server)["POST /prompt"] == 2
 
 
+@pytest.mark.parametrize("status", [502, 503, 504])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_post_that_was_accepted_and_answered_by_a_page_is_not_queued_twice(
+    version: str, status: int
+) -> None:
+    with old_and_new(version) as server, ComfyServerWorkflowExecutor(server.address) as executor:
+        server.faults.fail_after("POST", "/prompt", status=status, times=2)
+        assert len(executor.submit_workflow(bench(0.2), num_samples=2).result(PATIENCE)) == 2
+        exactly(server, 2)
+        assert served(server)["POST /prompt"] == 2
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_cancelled_prompt_whose_post_had_no_answer_is_cancelled(version: str) -> None:
     with old_and_new(version) as server, ComfyServerWorkflowExecutor(server.address) as executor:
