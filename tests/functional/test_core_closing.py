@@ -20,6 +20,7 @@ from core_backend import (
 )
 
 from comfy_executors import ExecutorClosedError, WorkflowCancelledError
+from comfy_executors.executors import base
 
 
 def test_a_normal_end_of_with_runs_everything() -> None:
@@ -53,6 +54,20 @@ def test_close_may_be_called_again_and_by_several_threads() -> None:
     assert executor.backend_closed == 1
     with pytest.raises(ExecutorClosedError, match=r"^GatedExecutor is closed$"):
         executor.submit(1)
+
+
+def test_threads_without_work_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "_IDLE_SECONDS", 0.05)
+    with GatedExecutor() as executor:
+        for tag in ("a", "b"):
+            run = executor.submit(1, tag)
+            threads = threads_of(executor)
+            assert threads
+            executor.gate(0, tag).set_result(None)
+            assert len(run.result(DEADLINE)) == 1
+            for thread in threads:
+                thread.join(DEADLINE)
+            assert threads_of(executor) == []
 
 
 def test_an_executor_that_never_worked_closes_its_backend() -> None:

@@ -555,6 +555,20 @@ def test_nothing_is_left_after_close(version: str) -> None:
         assert own_sockets(server.port) == before
 
 
+def test_nothing_is_left_after_close_though_an_error_is_kept(server: DevServer) -> None:
+    before = own_sockets(server.port)
+    client = HttpClient(server.url)
+    server.faults.reset_before("GET", "/queue")
+    # Its traceback holds on to all that took part in the call.
+    with pytest.raises(ServerUnreachableError) as kept:
+        client.call("GET", "/queue", DeadlineWaiter(PATIENCE))
+    client.call("GET", "/queue", DeadlineWaiter(PATIENCE))
+    assert own_sockets(server.port) == before + 1
+    client.close()
+    assert own_sockets(server.port) == before
+    assert kept.value.__cause__ is not None
+
+
 def own_sockets(port: int) -> int:
     """How many sockets of this process are connected to a port."""
     count = 0
