@@ -44,6 +44,7 @@ _EARLY_EVENTS, _EARLY_IMAGES = 1000, 16  # images can be large
 _PING_SECONDS = 20.0  # proxies cut websockets that are idle for 60 to 100 s
 _IDLE_SECONDS = 30.0  # without prompts the connection is given back
 _LONGEST_BACKOFF = 10.0
+_DEAF_SECONDS = 60.0  # a connection that stays deaf is made anew, but not more often than this
 _FEATURES = json.dumps({"type": "feature_flags", "data": {"supports_preview_metadata": True}})
 
 Sink = Callable[[Event], None]
@@ -116,6 +117,10 @@ class EventStream:
         self._early: deque[PromptEvent | ImageEvent] = deque(maxlen=_EARLY_EVENTS)
         self._socket: websocket.WebSocket | None = None
         self._client_id: str | None = None
+        # Whether the present connection has brought an event about a prompt.
+        self._heard = False
+        # Since when connections are known to bring none; None again once one does.
+        self._deaf_since: float | None = None
         # Of the present connection, or of the first attempt to make one since the last was lost.
         self._attempt: Future[str | None] = Future()
         self._wanted = False
@@ -152,9 +157,18 @@ class EventStream:
         self._running = True
 
     def is_live(self, client_id: str) -> bool:
-        """Tell whether the connection with this id still brings events."""
+        """Tell whether the connection with this id is one to rely on.
+
+        It is once it has brought an event about one of our prompts: proxies let connections be
+        made whose messages they keep to themselves.
+        """
         with self._changed:
-            return client_id == self._client_id
+            return client_id == self._client_id and self._heard
+
+    def is_promising(self, client_id: str) -> bool:
+        """Tell whether the connection with this id is open, and none before it was found deaf."""
+        with self._changed:
+            return client_id == self._client_id and self._deaf_since is None
 
     def subscribe(
         self, prompt_id: str, client_id: str, sink: Sink, image_nodes: frozenset[str]
@@ -180,6 +194,7 @@ class EventStream:
                     self._subscriptions[prompt_id] = _Subscription(client_id, sink, image_nodes)
                     lost = client_id != self._client_id
                     break
+                self._note_heard(client_id)
             for event in early:
                 if _is_wanted(event, image_nodes):
                     sink(event)
@@ -193,10 +208,21 @@ class EventStream:
             self._unused_since = time.monotonic()
 
     def drop(self, client_id: str) -> None:
-        """Give up a connection that has gone deaf, so that a fresh one is made."""
+        """Give up a connection that is deaf, so that a fresh one is made; say so once an outage."""
+        now = time.monotonic()
         with self._changed:
-            if client_id == self._client_id:
+            if client_id != self._client_id:
+                return
+            self._heard = False
+            told = self._deaf_since is not None
+            if self._deaf_since is None or now - self._deaf_since >= _DEAF_SECONDS:
+                self._deaf_since = now
                 _wake_reader(self._socket)
+        if not told:
+            logger.warning(
+                "the websocket to %s is open, but brings no word of our prompts: polling instead",
+                self._http.base_url,
+            )
 
     def close(self) -> None:
         """Close the connection and end the thread."""
@@ -285,6 +311,7 @@ class EventStream:
         with self._changed:
             connected = connected and not self._closed
             self._client_id = client_id if connected else None
+            self._heard = False
             self._wanted = False
             if connected and self._attempt.done():
                 self._attempt = Future()  # the one before said that there is no connection
@@ -353,8 +380,14 @@ class EventStream:
             if subscription is None:
                 self._keep_early(event)
                 return
+            self._note_heard(subscription.client_id)
         if _is_wanted(event, subscription.image_nodes):
             subscription.sink(event)
+
+    def _note_heard(self, client_id: str) -> None:
+        """Take down that an event about a prompt has come; the lock is held."""
+        if client_id == self._client_id:
+            self._heard, self._deaf_since = True, None
 
     def _keep_early(self, event: PromptEvent | ImageEvent) -> None:
         if isinstance(event, ImageEvent):

@@ -1,7 +1,7 @@
 """One prompt on a ComfyUI server: post it, follow it, fetch what it makes.
 
 It is followed by the events of its websocket. Whenever these cannot be had (no connection, a lost
-one, silence for too long) the server's queue is asked, and then its history: in this order, since a
+one, one that has brought nothing yet, silence for too long) the server's queue is asked, and then its history: in this order, since a
 prompt that ends moves from the one to the other in one step.
 """
 
@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 SILENCE_SECONDS = 20.0  # of a prompt whose websocket is up, until it is looked up all the same
 _FIRST_POLL, _LONGEST_POLL = 0.25, 2.0  # seconds between look-ups without a websocket
+_FRESH_POLL = 1.0  # seconds until the first look-up with one that has brought nothing yet
 _LOST_AFTER = 1.0  # seconds between the two look-ups that make a prompt a lost one
 _LATE_HISTORY = 15.0  # seconds that the history may lag behind the events
 _CANCEL_SECONDS, _CANCEL_ATTEMPTS = 10.0, 3  # a server that is gone has nothing to cancel
@@ -216,23 +217,23 @@ class ComfyPrompt:
         return event.prompt_id == self._id
 
     def _follow(self) -> None:
-        poll = _FIRST_POLL
+        poll = _FRESH_POLL if self._events.is_promising(self._client_id) else _FIRST_POLL
         while not self._ended:
-            live = self._events.is_live(self._client_id)
-            event = self._control.receive(SILENCE_SECONDS if live else poll)
+            relied = self._events.is_live(self._client_id)
+            event = self._control.receive(SILENCE_SECONDS if relied else poll)
             if event is not None:
                 if self._concerns(event):
                     self._take(event)
-            else:
-                self._look_up()
+            elif relied or not self._events.is_live(self._client_id):
+                self._look_up(relied)
                 poll = min(_LONGEST_POLL, 1.6 * poll)
-                if live and self._ended:
-                    # It ended without a word: the connection is deaf.
-                    self._missed_events = True
-                    self._events.drop(self._client_id)
 
-    def _look_up(self) -> None:
-        """Ask the queue, then the history; twice nothing means that the server lost the prompt."""
+    def _look_up(self, relied: bool | None = None) -> None:
+        """Ask the queue, then the history; twice nothing means that the server lost the prompt.
+
+        Args:
+            relied: Whether the websocket is relied on, if it is asked because there was no word.
+        """
         for attempt in range(2):
             if attempt:
                 self._control.sleep(_LOST_AFTER)
@@ -244,13 +245,23 @@ class ComfyPrompt:
                 return
             entry = self._client.history(self._id, self._graph, self._control)
             if entry is not None:
-                self._settle(entry)
+                try:
+                    self._settle(entry)
+                finally:
+                    if relied is not None:
+                        self._note_missed(relied)
                 return
         self._ended = True  # there is nothing to cancel
         raise self._lost(
             f"{self._server} has prompt {self._id} neither in its queue nor in its history: it "
             "was restarted, or somebody cleared its queue"
         )
+
+    def _note_missed(self, relied: bool) -> None:
+        """Note that the prompt ended without a word: a connection that is open is deaf."""
+        self._missed_events = True
+        if relied or not self._events.is_live(self._client_id):
+            self._events.drop(self._client_id)
 
     def _take(self, event: Event) -> None:
         if isinstance(event, ConnectionLost):

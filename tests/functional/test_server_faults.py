@@ -114,16 +114,63 @@ def test_sockets_dropped_again_and_again_cost_nothing(version: str) -> None:
         exactly(server, 8)
 
 
-def test_a_silent_socket_is_noticed_and_replaced(
-    server: DevServer, executor: ComfyServerWorkflowExecutor, monkeypatch: pytest.MonkeyPatch
+def deaf_warnings(caplog: pytest.LogCaptureFixture) -> int:
+    told = [record for record in caplog.records if "brings no word" in record.getMessage()]
+    assert {record.levelname for record in told} <= {"WARNING"}
+    return len(told)
+
+
+def test_a_socket_that_never_brings_anything_is_not_relied_on(
+    server: DevServer, executor: ComfyServerWorkflowExecutor, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.faults.silence_websockets = True
+    begun = time.monotonic()
+    for _ in range(2):
+        assert len(executor.submit_workflow(bench(0.05), num_samples=6).result(PATIENCE)) == 6
+    # Once a fresh connection is known to be deaf, nothing waits for one any more.
+    assert time.monotonic() - begun < comfy_prompt.SILENCE_SECONDS
+    assert deaf_warnings(caplog) == 1
+    assert served(server)["GET /ws"] == 2  # a fresh one might have heard; it is not made each time
+    exactly(server, 12)
+
+
+def test_a_socket_that_goes_silent_is_noticed_and_replaced(
+    server: DevServer,
+    executor: ComfyServerWorkflowExecutor,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(comfy_prompt, "SILENCE_SECONDS", 0.3)
-    server.faults.silence_websockets = True
-    assert len(executor.submit_workflow(bench(), num_samples=3).result(PATIENCE)) == 3
-    server.faults.silence_websockets = False
-    assert len(executor.submit_workflow(bench(), num_samples=3).result(PATIENCE)) == 3
-    assert served(server)["GET /ws"] >= 2
+    for outage in range(1, 3):
+        server.faults.silence_websockets = False
+        # Once they bring something, connections are relied on again.
+        assert len(executor.submit_workflow(bench(), num_samples=3).result(PATIENCE)) == 3
+        server.faults.silence_websockets = True
+        assert len(executor.submit_workflow(bench(), num_samples=3).result(PATIENCE)) == 3
+        assert deaf_warnings(caplog) == outage
+    assert served(server)["GET /ws"] == 3
+    exactly(server, 12)
+
+
+def test_an_ordinary_run_does_not_poll(
+    server: DevServer, executor: ComfyServerWorkflowExecutor
+) -> None:
+    # The last of the four at the server waits longer than the first look-up would.
+    assert len(executor.submit_workflow(bench(0.5), num_samples=6).result(PATIENCE)) == 6
+    assert served(server)["GET /queue"] == 0
+    assert served(server)["GET /history/*"] == 0
     exactly(server, 6)
+
+
+def test_behind_a_stranger_a_socket_that_brought_nothing_yet_is_polled_and_not_often(
+    server: DevServer, executor: ComfyServerWorkflowExecutor, caplog: pytest.LogCaptureFixture
+) -> None:
+    stranger_posts(server, 2.0)
+    assert len(executor.submit_workflow(bench()).result(PATIENCE)) == 1
+    # After 1 and 2.6 s.
+    assert 1 <= served(server)["GET /queue"] <= 3
+    assert deaf_warnings(caplog) == 0
+    ended(server, success=2)
 
 
 def test_without_websockets_it_polls_and_not_often(
