@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from comfy_executors.clients.comfyui import ComfyUIClient
 from comfy_executors.clients.comfyui_frames import ImageEvent
+from comfy_executors.clients.http import Waiter
 from comfy_executors.errors import OutputMissingError
 from comfy_executors.executors.control import JobControl
+from comfy_executors.executors.side_by_side import Call, side_by_side
 from comfy_executors.images import WorkflowOutput, WorkflowOutputImage, kind_of
 from comfy_executors.runs import Batch, Job
 from comfy_executors.workflows import Graph, class_type
@@ -45,40 +49,55 @@ class OutputCollector:
         self.previews = 0
         self.images: list[WorkflowOutputImage] = []
         self.outputs: list[WorkflowOutput] = []
+        self._saved: list[WorkflowOutput] = []  # also those that are not yet among these
 
     def fetch_node(self, prompt_id: str, node: str, output: Mapping[str, Any]) -> None:
-        """Fetch what a node reports.
+        """Fetch what a node reports, a few files at a time.
 
         Raises:
             OutputMissingError: The server does not have a file that it names.
             ServerError: A file cannot be had.
+            OutputFileError: A file cannot be saved.
         """
         self.reported.add(node)
-        for key, items in output.items():
-            for number, item in enumerate(items if isinstance(items, list) else ()):
-                if isinstance(item, dict) and isinstance(item.get("filename"), str):
-                    self._fetch_file(prompt_id, node, item)
-                elif not isinstance(item, bool):  # such as `animated: [true]`
-                    self._add_value(prompt_id, node, key, number, item)
+        calls = list(self._calls(prompt_id, node, output))
+        with contextlib.closing(side_by_side(calls, self._control)) as made:
+            for item in made:
+                self._keep(item)
 
     def add_websocket_image(self, event: ImageEvent) -> None:
         """Add an image that came over the websocket."""
         number = len(self.images) + 1
         name = f"{class_type(self._graph, event.node_id)}_{number:05d}_{event.suffix}"
-        self._add(event.data, event.prompt_id, event.node_id, name, "", "websocket")
+        self._keep(self._make(event.data, event.prompt_id, event.node_id, name, "", "websocket"))
 
-    def _fetch_file(self, prompt_id: str, node: str, item: Mapping[str, Any]) -> None:
-        name = item["filename"]
-        subfolder, type_ = str(item.get("subfolder") or ""), str(item.get("type") or "output")
-        if not self._is_new(node, type_, subfolder, name):
-            return
-        if type_ == "temp" and not self._job.include_previews:
-            self.previews += 1
-            return
-        data = self._client.view(name, subfolder, type_, self._control)
+    def _calls(
+        self, prompt_id: str, node: str, output: Mapping[str, Any]
+    ) -> Iterator[Call[WorkflowOutput]]:
+        """Return what is to be done for each thing that a node reports and that is new."""
+        for key, items in output.items():
+            for number, item in enumerate(items if isinstance(items, list) else ()):
+                if isinstance(item, dict) and isinstance(item.get("filename"), str):
+                    name = item["filename"]
+                    subfolder = str(item.get("subfolder") or "")
+                    type_ = str(item.get("type") or "output")
+                    if not self._is_new(node, type_, subfolder, name):
+                        continue
+                    if type_ == "temp" and not self._job.include_previews:
+                        self.previews += 1
+                    else:
+                        yield partial(self._fetch_file, prompt_id, node, name, subfolder, type_)
+                # Not `animated: [true]`, say.
+                elif not isinstance(item, bool) and self._is_new(node, key, str(number)):
+                    yield partial(self._make_value, prompt_id, node, key, item)
+
+    def _fetch_file(
+        self, prompt_id: str, node: str, name: str, subfolder: str, type_: str, waiter: Waiter
+    ) -> WorkflowOutput:
+        data = self._client.view(name, subfolder, type_, waiter)
         if data is None:
             raise self._missing(prompt_id, node, name)
-        self._add(data, prompt_id, node, name, subfolder, type_)
+        return self._make(data, prompt_id, node, name, subfolder, type_)
 
     def _missing(self, prompt_id: str, node: str, name: str) -> OutputMissingError:
         cached = node in self.cached
@@ -91,20 +110,22 @@ class OutputCollector:
             server=self._server,
         )
 
-    def _add_value(self, prompt_id: str, node: str, key: str, number: int, value: Any) -> None:
+    def _make_value(
+        self, prompt_id: str, node: str, key: str, value: Any, waiter: Waiter
+    ) -> WorkflowOutput:
         text, suffix = (value, "txt") if isinstance(value, str) else (json.dumps(value), "json")
-        if self._is_new(node, key, str(number)):
-            data = text.encode("utf-8", "replace")
-            self._add(data, prompt_id, node, f"{key}.{suffix}", "", "text")
+        data = text.encode("utf-8", "replace")
+        return self._make(data, prompt_id, node, f"{key}.{suffix}", "", "text")
 
     def _is_new(self, *key: str) -> bool:
         new = key not in self._seen
         self._seen.add(key)
         return new
 
-    def _add(
+    def _make(
         self, data: bytes, prompt_id: str, node: str, name: str, subfolder: str, type_: str
-    ) -> None:
+    ) -> WorkflowOutput:
+        """Make an output of its bytes, and save it where that is wanted, on any thread."""
         is_image = kind_of(name) == "image"
         output = (WorkflowOutputImage if is_image else WorkflowOutput)(
             data,
@@ -120,13 +141,20 @@ class OutputCollector:
         )
         if self._job.output_dir is not None:
             output._save_and_release(self._job.output_dir)
+            self._saved.append(output)
+        return output
+
+    def _keep(self, output: WorkflowOutput) -> None:
         if isinstance(output, WorkflowOutputImage):
             self.images.append(output)
         else:
             self.outputs.append(output)
 
     def discard(self) -> None:
-        """Remove what was saved, because the batch fails or is run again."""
-        for output in (*self.images, *self.outputs):
+        """Forget all, and remove what was saved, because the batch fails or is run again."""
+        for output in self._saved:
             if output.path is not None:
                 output.path.unlink(missing_ok=True)
+        # The batch's error is kept, and with it the frames that know this object.
+        for made in (self._saved, self.images, self.outputs):
+            made.clear()

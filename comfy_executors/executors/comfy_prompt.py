@@ -1,14 +1,15 @@
 """One prompt on a ComfyUI server: post it, follow it, fetch what it makes.
 
 It is followed by the events of its websocket. Whenever these cannot be had (no connection, a lost
-one, one that has brought nothing yet, silence for too long) the server's queue is asked, and then its history: in this order, since a
-prompt that ends moves from the one to the other in one step.
+one, one that has brought nothing yet, silence for too long) the server's queue is asked, and then
+its history: in this order, since a prompt that ends moves from the one to the other in one step.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+import traceback
 import uuid
 
 from comfy_executors.clients.comfyui import (
@@ -22,6 +23,7 @@ from comfy_executors.clients.comfyui_events import EventStream
 from comfy_executors.clients.comfyui_frames import ConnectionLost, Event, ImageEvent, PromptEvent
 from comfy_executors.clients.http import DeadlineWaiter
 from comfy_executors.errors import (
+    ComfyExecutorsError,
     PromptLostError,
     ServerError,
     ServerUnreachableError,
@@ -104,6 +106,7 @@ class ComfyPrompt:
                 self._control.give_up(error)
             self._made.discard()
             self._cancel()
+            _let_go(error)
             raise
         finally:
             self._control.prompt_id = None
@@ -379,6 +382,14 @@ class ComfyPrompt:
 
     def _lost(self, message: str) -> PromptLostError:
         return PromptLostError(message, prompt_id=self._id, server=self._server)
+
+
+def _let_go(error: BaseException) -> None:
+    """Clear the frames of an error of ours, which is kept, of the images they had in hand."""
+    cause: BaseException | None = error if isinstance(error, ComfyExecutorsError) else None
+    while cause is not None:
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__cause__ or cause.__context__
 
 
 def _is_step(event: Event) -> bool:

@@ -9,6 +9,7 @@ import threading
 import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, TypeVar
 
 from requests.auth import AuthBase
@@ -16,7 +17,13 @@ from requests.auth import AuthBase
 from comfy_executors.checking import check_nodes, is_warning
 from comfy_executors.clients.comfyui import DEFAULT_PORT, ComfyUIClient
 from comfy_executors.clients.comfyui_events import EventStream
-from comfy_executors.clients.http import Auth, DeadlineWaiter, HttpClient, parse_address
+from comfy_executors.clients.http import (
+    Auth,
+    DeadlineWaiter,
+    HttpClient,
+    Waiter,
+    parse_address,
+)
 from comfy_executors.errors import (
     OutputMissingError,
     PromptLostError,
@@ -29,6 +36,7 @@ from comfy_executors.errors import (
 from comfy_executors.executors.base import BaseWorkflowExecutor
 from comfy_executors.executors.comfy_prompt import ComfyPrompt
 from comfy_executors.executors.control import JobControl
+from comfy_executors.executors.side_by_side import AT_ONCE, side_by_side
 from comfy_executors.images import InputImageSet
 from comfy_executors.runs import Batch, BatchResult, Job
 from comfy_executors.workflows import Graph, output_nodes
@@ -87,7 +95,8 @@ class ComfyServerWorkflowExecutor(BaseWorkflowExecutor):
             auth=auth or user,
             verify=verify if isinstance(verify, bool) else os.fspath(verify),
             outage_timeout=outage_timeout,
-            connections=2 * self.max_workers + 1,
+            # Twice as many batches as there are places: some download while others execute.
+            connections=2 * self.max_workers * AT_ONCE + 1,
         )
         self._client = ComfyUIClient(self._http)
         self._events = EventStream(self._http)
@@ -214,15 +223,20 @@ class ComfyServerWorkflowExecutor(BaseWorkflowExecutor):
         self, images: InputImageSet, mine: Future[None], control: JobControl
     ) -> None:
         try:
-            for name, data in images.files.items():
-                if not self._client.has_input(name, images.folder, len(data), control):
-                    self._client.upload(data, name, images.folder, control)
+            calls = [partial(self._put, images.folder, *item) for item in images.files.items()]
+            with contextlib.closing(side_by_side(calls, control)) as uploads:
+                for _ in uploads:
+                    pass
         except BaseException as error:
             with self._uploads_lock:
                 self._uploads.pop(images.folder, None)
             mine.set_exception(error)
             raise
         mine.set_result(None)
+
+    def _put(self, folder: str, name: str, data: bytes, waiter: Waiter) -> None:
+        if not self._client.has_input(name, folder, len(data), waiter):
+            self._client.upload(data, name, folder, waiter)
 
     def _forget_uploads(self) -> None:
         with self._uploads_lock:

@@ -27,7 +27,7 @@ class JobControl:
         self._changed = threading.Condition()
         self._mail: deque[Any] = deque()
         self._cancel_reason: str | None = None
-        self._interrupt: Callable[[], None] | None = None
+        self._interrupts: set[Callable[[], None]] = set()  # of the calls being made
         self._deadline = run.deadline
         self._limit = f"the run's timeout of {run.options.timeout} s"
         self._has_place = True
@@ -61,9 +61,9 @@ class JobControl:
         """Make the job stop: its next wait, or the present one, raises."""
         with self._changed:
             self._cancel_reason = reason
-            interrupt = self._interrupt
+            interrupts = list(self._interrupts)
             self._changed.notify_all()
-        if interrupt is not None:
+        for interrupt in interrupts:
             interrupt()
 
     def post(self, item: Any, *, wake: bool = True) -> None:
@@ -173,19 +173,19 @@ class JobControl:
 
     @contextlib.contextmanager
     def interrupting(self, interrupt: Callable[[], None]) -> Iterator[None]:
-        """Have a call broken off when the run is cancelled while it is made.
+        """Have a call broken off when the run is cancelled while it is made; several may be.
 
         Args:
             interrupt: Breaks it off; any thread may call it.
         """
         with self._changed:
             self._check()
-            self._interrupt = interrupt
+            self._interrupts.add(interrupt)
         try:
             yield
         finally:
             with self._changed:
-                self._interrupt = None
+                self._interrupts.discard(interrupt)
 
     # Inside.
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import threading
+import traceback
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,11 @@ from comfy_executors import (
     ComfyServerWorkflowExecutor,
     NodeExecutionError,
     OutputFileError,
+    OutputMissingError,
     ProgressEvent,
     ServerResponseError,
+    WorkflowCancelledError,
+    WorkflowOutput,
     WorkflowTemplate,
 )
 from comfy_executors.clients.comfyui import ComfyUIClient
@@ -66,6 +71,106 @@ def test_a_batch_that_fails_leaves_no_files(tmp_path: Path) -> None:
         with pytest.raises(NodeExecutionError, match="no"):
             run.result(PATIENCE)
         assert [r.path for r in server.requests].count("/view") == 3
+    assert files(tmp_path) == []
+
+
+def held(error: BaseException) -> int:
+    """How many bytes the frames of an error that is kept hold on to."""
+    frames = [
+        frame
+        for cause in (error, error.__cause__, error.__context__)
+        for frame, _ in traceback.walk_tb(cause.__traceback__ if cause else None)
+    ]
+    assert frames
+    values = [value for frame in frames for value in frame.f_locals.values()]
+    data = [value for value in values if isinstance(value, bytes)]
+    data += [made.data for value in values for made in _outputs(value)]
+    return sum(map(len, data))
+
+
+def _outputs(value: object) -> list[WorkflowOutput]:
+    if isinstance(value, WorkflowOutput):
+        return [value]
+    collector = getattr(value, "_made", None)
+    return [*collector.images, *collector.outputs] if collector else []
+
+
+def test_errors_that_are_kept_hold_no_images() -> None:
+    with DevServer() as server, ComfyServerWorkflowExecutor(server.address) as executor:
+        run = executor.submit_workflow(two_samplers({"fail": "no"}), num_samples=3)
+        futures = run.futures
+        errors = [future.exception(PATIENCE) for future in futures]
+        assert served(server)["GET /view"] == 9
+    assert [held(error) for error in errors if error] == [0, 0, 0]
+    gc.collect()
+    assert [found for found in gc.get_objects() if isinstance(found, WorkflowOutput)] == []
+
+
+def test_an_error_of_a_download_holds_no_images() -> None:
+    with DevServer() as server, ComfyServerWorkflowExecutor(server.address) as executor:
+        run = executor.submit_workflow(bench(batch_size=8))
+        server.faults.delay("GET", "/view", 0.3, times=1)
+        server.wait_for(lambda s: served(s)["GET /view"] >= 4, PATIENCE)
+        [name, *_] = sorted(os.listdir(server.directory / "output"))[7:]
+        (server.directory / "output" / name).unlink()
+        error = run.futures[0].exception(PATIENCE)
+    assert isinstance(error, OutputMissingError)
+    assert held(error) == 0
+
+
+def test_an_error_of_the_disk_holds_no_images(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    with DevServer() as server, ComfyServerWorkflowExecutor(server.address) as executor:
+        server.faults.delay("GET", "/view", 0.3)
+        run = executor.submit_workflow(bench(batch_size=8), output_dir=folder)
+        server.wait_for(lambda s: bool(s.prompts), PATIENCE)
+        folder.rmdir()
+        folder.write_text("a file stands in the way")
+        error = run.futures[0].exception(PATIENCE)
+    assert isinstance(error, OutputFileError)
+    assert held(error) == 0
+
+
+# Several files of one report.
+
+
+def test_files_of_a_report_are_fetched_side_by_side_and_keep_their_order() -> None:
+    with DevServer() as server, ComfyServerWorkflowExecutor(server.address) as executor:
+        server.faults.delay("GET", "/view", 0.3, times=1)
+        images = executor.submit_workflow(bench(batch_size=9)).result(PATIENCE)
+        paths = [
+            request.query["filename"] for request in server.requests if request.path == "/view"
+        ]
+    names = [image.name for image in images]
+    assert names == sorted(names) == sorted(paths)
+    assert paths[0] != names[0]  # the others did not wait for the slow one
+    assert len(set(names)) == 9
+
+
+@pytest.mark.parametrize("output_dir", [False, True])
+def test_a_cancelled_run_breaks_off_all_downloads(output_dir: bool, tmp_path: Path) -> None:
+    with DevServer() as server, ComfyServerWorkflowExecutor(server.address) as executor:
+        server.faults.delay("GET", "/view", 2 * PATIENCE)
+        folder = tmp_path if output_dir else None
+        run = executor.submit_workflow(bench(batch_size=8), output_dir=folder)
+        [future] = run.futures
+        ended(server, success=1)
+        run.cancel()
+        assert isinstance(future.exception(PATIENCE), WorkflowCancelledError)
+        assert [t.name for t in threading.enumerate() if t.name.endswith("helper")] == []
+    assert files(tmp_path) == []
+
+
+def test_a_file_that_is_missing_ends_the_other_downloads_and_leaves_no_files(
+    tmp_path: Path,
+) -> None:
+    with DevServer() as server, ComfyServerWorkflowExecutor(server.address) as executor:
+        server.faults.fail("GET", "/view", status=404)
+        server.faults.delay("GET", "/view", 0.2, times=1)
+        run = executor.submit_workflow(bench(batch_size=8), output_dir=tmp_path)
+        with pytest.raises(OutputMissingError, match="does not have"):
+            run.result(PATIENCE)
+        assert len(server.prompts) == 1
     assert files(tmp_path) == []
 
 

@@ -1,0 +1,154 @@
+"""Calls of one batch made side by side, a few at a time; their results come in order."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from typing import Any, Generic, TypeVar
+
+from comfy_executors.clients.http import Waiter
+from comfy_executors.errors import WorkflowCancelledError
+from comfy_executors.executors.control import JobControl
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Call = Callable[[Waiter], T]
+
+AT_ONCE = 4
+
+
+def side_by_side(calls: Sequence[Call[T]], control: JobControl) -> Generator[T, None, None]:
+    """Make calls, `AT_ONCE` at a time, and yield what they return, in their order.
+
+    One call is made on the caller's thread, which also takes its part in several. When one fails,
+    those behind it are broken off; at the end, or when the iterator is closed, no thread is left.
+
+    Args:
+        calls: Each takes the waiter that its waits are to go through.
+        control: Its deadline and its cancellation end all of them.
+
+    Raises:
+        What the first one, in their order, raised; and as `JobControl.receive` does.
+    """
+    if len(calls) == 1:
+        yield calls[0](control)
+    elif calls:
+        yield from _Crew(calls, control).results()
+
+
+class _Crew(Generic[T]):
+    """The threads that make the calls."""
+
+    def __init__(self, calls: Sequence[Call[T]], control: JobControl) -> None:
+        self.control = control
+        self._calls = calls
+        self._lock = threading.Lock()
+        self._futures: list[Future[T]] = [Future() for _ in calls]
+        self._next = 0
+        self._last = len(calls) - 1  # of those whose results are of use
+        self._interrupts: dict[Callable[[], None], int] = {}
+
+    def results(self) -> Generator[T, None, None]:
+        helpers = []
+        try:
+            for _ in range(min(AT_ONCE, len(self._calls)) - 1):
+                # A daemon, as the executor's own threads are: it is waited for below, but may be
+                # blocked in a read when the interpreter ends.
+                helper = threading.Thread(target=self._work, name=_name(), daemon=True)
+                try:
+                    helper.start()
+                except RuntimeError as error:  # out of memory, or the interpreter is about to end
+                    logger.info("fewer calls side by side: %s", error)
+                    break
+                helpers.append(helper)
+            for future in self._futures:
+                while not future.done() and self._make_next():
+                    pass
+                self.control.wait_for(future)
+                yield future.result()
+        finally:
+            self._break_off(behind=-1)
+            for helper in helpers:
+                helper.join()
+            # An error that somebody keeps holds on to us, and results can be large.
+            self._futures.clear()
+
+    def _work(self) -> None:
+        while self._make_next():
+            pass
+
+    def _make_next(self) -> bool:
+        """Make the next call, if there is one."""
+        with self._lock:
+            index = self._next
+            if index > self._last:
+                return False
+            self._next += 1
+            future = self._futures[index]
+        try:
+            future.set_result(self._calls[index](_CallWaiter(self, index)))
+        except BaseException as error:  # whoever waits for it must hear of it
+            self._break_off(behind=index)
+            future.set_exception(error)
+        return True
+
+    def _break_off(self, behind: int) -> None:
+        """Break off the calls behind one, and begin no more."""
+        with self._lock:
+            self._last = min(self._last, behind)
+            late = [interrupt for interrupt, i in self._interrupts.items() if i > self._last]
+        for interrupt in late:
+            interrupt()
+
+    def check(self, index: int) -> None:
+        """Raise WorkflowCancelledError when a call is broken off."""
+        with self._lock:
+            self._check(index)
+
+    @contextlib.contextmanager
+    def interrupting(self, interrupt: Callable[[], None], index: int) -> Iterator[None]:
+        """Have a call broken off, whether it is for us or for the run."""
+        with self._lock:
+            self._check(index)
+            self._interrupts[interrupt] = index
+        try:
+            with self.control.interrupting(interrupt):
+                yield
+        finally:
+            with self._lock:
+                del self._interrupts[interrupt]
+
+    def _check(self, index: int) -> None:
+        if index > self._last:
+            raise WorkflowCancelledError("another call of the batch failed")
+
+
+class _CallWaiter:
+    """How one of the calls waits."""
+
+    def __init__(self, crew: _Crew[Any], index: int) -> None:
+        self._crew = crew
+        self._index = index
+
+    def sleep(self, seconds: float) -> None:
+        woken = threading.Event()
+        with self.interrupting(woken.set):
+            woken.wait(self.limit(seconds))
+        self.limit(0)
+
+    def limit(self, seconds: float) -> float:
+        self._crew.check(self._index)
+        return self._crew.control.limit(seconds)
+
+    def interrupting(self, interrupt: Callable[[], None]) -> AbstractContextManager[None]:
+        return self._crew.interrupting(interrupt, self._index)
+
+
+def _name() -> str:
+    # As the thread that waits for it, so that it is known whose it is.
+    return f"{threading.current_thread().name} helper"
