@@ -12,6 +12,13 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+from comfy_executors.clients.comfyui_reports import (
+    mapping,
+    messages_of,
+    node_ids,
+    node_outputs,
+    text_of,
+)
 from comfy_executors.clients.http import Answer, HttpClient, Waiter
 from comfy_executors.errors import (
     NodeExecutionError,
@@ -62,7 +69,7 @@ class HistoryEntry(NamedTuple):
         error: Why it failed, or None.
     """
 
-    outputs: Mapping[str, Mapping[str, Any]]
+    outputs: Mapping[str, Mapping[str, list[Any]]]
     cached: frozenset[str]
     error: WorkflowError | None
 
@@ -144,8 +151,8 @@ class ComfyUIClient:
             if entry is None:
                 return None
             # Null in entries of old servers; then the outputs are all there is.
-            status = entry.get("status") or {}
-            messages = dict(status.get("messages") or ())
+            status = mapping(entry.get("status"))
+            messages = messages_of(status.get("messages"))
             error = _ending(messages, graph, self.http.base_url)
             if error is None and status.get("status_str") == "error":
                 error = WorkflowError(
@@ -154,8 +161,8 @@ class ComfyUIClient:
                     server=self.http.base_url,
                 )
             return HistoryEntry(
-                outputs=entry.get("outputs") or {},
-                cached=frozenset(messages.get("execution_cached", {}).get("nodes") or ()),
+                outputs=node_outputs(entry.get("outputs")),
+                cached=node_ids(mapping(messages.get("execution_cached")).get("nodes")),
                 error=error,
             )
 
@@ -275,7 +282,7 @@ class ComfyUIClient:
     def _json(self, answer: Answer, path: str) -> Any:
         try:
             return answer.json()
-        except ValueError:
+        except (ValueError, RecursionError):  # the latter for brackets nested a thousand deep
             text = answer.content[:200].decode("utf-8", "replace")
             what = "an HTML page" if "<" in text else repr(" ".join(text.split())[:80])
             raise self._not_comfyui(path, what) from None
@@ -431,14 +438,13 @@ def _cut(text: str) -> str:
 def execution_error(data: Mapping[str, Any], graph: Graph, server: str) -> NodeExecutionError:
     """Make our error of the data of an `execution_error` message."""
     node_id = str(data.get("node_id", ""))
-    traceback = data.get("traceback") or ""
     return NodeExecutionError(
         node_id=node_id,
-        class_type=data.get("node_type") or class_type(graph, node_id),
+        class_type=text_of(data.get("node_type")) or class_type(graph, node_id),
         title=node_title(graph, node_id),
-        exception_type=str(data.get("exception_type", "Exception")),
-        exception_message=str(data.get("exception_message", "")).strip(),
-        traceback=traceback if isinstance(traceback, str) else "".join(traceback),
+        exception_type=text_of(data.get("exception_type")) or "Exception",
+        exception_message=text_of(data.get("exception_message")).strip(),
+        traceback=text_of(data.get("traceback")),
         prompt_id=data.get("prompt_id"),
         server=server,
     )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
 from comfy_executors.clients.comfyui import ComfyUIClient
 from comfy_executors.clients.comfyui_frames import ImageEvent
+from comfy_executors.clients.comfyui_reports import OutputFile, output_file, value_file
 from comfy_executors.clients.http import Waiter
 from comfy_executors.errors import OutputMissingError
 from comfy_executors.executors.control import JobControl
@@ -51,7 +51,7 @@ class OutputCollector:
         self.outputs: list[WorkflowOutput] = []
         self._saved: list[WorkflowOutput] = []  # also those that are not yet among these
 
-    def fetch_node(self, prompt_id: str, node: str, output: Mapping[str, Any]) -> None:
+    def fetch_node(self, prompt_id: str, node: str, output: Mapping[str, list[Any]]) -> None:
         """Fetch what a node reports, a few files at a time.
 
         Raises:
@@ -72,32 +72,28 @@ class OutputCollector:
         self._keep(self._make(event.data, event.prompt_id, event.node_id, name, "", "websocket"))
 
     def _calls(
-        self, prompt_id: str, node: str, output: Mapping[str, Any]
+        self, prompt_id: str, node: str, output: Mapping[str, list[Any]]
     ) -> Iterator[Call[WorkflowOutput]]:
         """Return what is to be done for each thing that a node reports and that is new."""
         for key, items in output.items():
-            for number, item in enumerate(items if isinstance(items, list) else ()):
-                if isinstance(item, dict) and isinstance(item.get("filename"), str):
-                    name = item["filename"]
-                    subfolder = str(item.get("subfolder") or "")
-                    type_ = str(item.get("type") or "output")
-                    if not self._is_new(node, type_, subfolder, name):
-                        continue
-                    if type_ == "temp" and not self._job.include_previews:
+            for number, item in enumerate(items):
+                file, value = output_file(item), value_file(item)
+                if file is None:
+                    if value is not None and self._is_new(node, key, str(number)):
+                        yield partial(self._make_value, prompt_id, node, key, *value)
+                elif self._is_new(node, file.type, file.subfolder, file.name):
+                    if file.type == "temp" and not self._job.include_previews:
                         self.previews += 1
                     else:
-                        yield partial(self._fetch_file, prompt_id, node, name, subfolder, type_)
-                # Not `animated: [true]`, say.
-                elif not isinstance(item, bool) and self._is_new(node, key, str(number)):
-                    yield partial(self._make_value, prompt_id, node, key, item)
+                        yield partial(self._fetch_file, prompt_id, node, file)
 
     def _fetch_file(
-        self, prompt_id: str, node: str, name: str, subfolder: str, type_: str, waiter: Waiter
+        self, prompt_id: str, node: str, file: OutputFile, waiter: Waiter
     ) -> WorkflowOutput:
-        data = self._client.view(name, subfolder, type_, waiter)
+        data = self._client.view(*file, waiter)
         if data is None:
-            raise self._missing(prompt_id, node, name)
-        return self._make(data, prompt_id, node, name, subfolder, type_)
+            raise self._missing(prompt_id, node, file.name)
+        return self._make(data, prompt_id, node, *file)
 
     def _missing(self, prompt_id: str, node: str, name: str) -> OutputMissingError:
         cached = node in self.cached
@@ -111,9 +107,8 @@ class OutputCollector:
         )
 
     def _make_value(
-        self, prompt_id: str, node: str, key: str, value: Any, waiter: Waiter
+        self, prompt_id: str, node: str, key: str, text: str, suffix: str, waiter: Waiter
     ) -> WorkflowOutput:
-        text, suffix = (value, "txt") if isinstance(value, str) else (json.dumps(value), "json")
         data = text.encode("utf-8", "replace")
         return self._make(data, prompt_id, node, f"{key}.{suffix}", "", "text")
 

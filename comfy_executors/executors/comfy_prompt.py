@@ -21,6 +21,7 @@ from comfy_executors.clients.comfyui import (
 )
 from comfy_executors.clients.comfyui_events import EventStream
 from comfy_executors.clients.comfyui_frames import ConnectionLost, Event, ImageEvent, PromptEvent
+from comfy_executors.clients.comfyui_reports import node_ids, node_output, step_of
 from comfy_executors.clients.http import DeadlineWaiter
 from comfy_executors.errors import (
     ComfyExecutorsError,
@@ -280,14 +281,14 @@ class ComfyPrompt:
         if event.type == "execution_start":
             self._begin()
         elif event.type == "execution_cached":
-            self._made.cached.update(data.get("nodes") or ())
+            self._made.cached.update(node_ids(data.get("nodes")))
         elif event.type == "executing" and data.get("node") is None:
             # Servers of 2023 and 2024 have no other ending; newer ones send it after theirs.
             self._look_up()
         elif event.type in ("executing", "progress"):
             self._report_node(event)
         elif event.type == "executed":
-            self._made.fetch_node(self._id, str(data.get("node")), data.get("output") or {})
+            self._made.fetch_node(self._id, str(data.get("node")), node_output(data.get("output")))
         elif event.type in _ENDINGS:
             self._end(event)
 
@@ -302,11 +303,9 @@ class ComfyPrompt:
         if event.type == "executing":
             self._control.progress(ProgressEvent("node", self._batch.index, node, title))
             return
-        step, steps = event.data.get("value"), event.data.get("max")
-        if isinstance(step, (int, float)) and isinstance(steps, (int, float)):
-            self._control.progress(
-                ProgressEvent("step", self._batch.index, node, title, int(step), int(steps))
-            )
+        step = step_of(event.data)
+        if step is not None:
+            self._control.progress(ProgressEvent("step", self._batch.index, node, title, *step))
 
     # Ending.
 
