@@ -226,7 +226,8 @@ class Execution:
         # Without a client id the outputs of cached nodes are missing even from the history.
         if result.ui is not None and self._prompt.client_id is not None:
             self._outputs[node_id] = result.ui
-            self.send("executed", self._event(node_id, result.ui))
+            if self._setting.behaviour.cached_executed:
+                self.send("executed", self._event(node_id, result.ui))
         self._set_state(node_id, 1, 1, "finished")
 
     def _event(self, node_id: str, output: dict[str, Any] | None = None) -> dict[str, Any]:

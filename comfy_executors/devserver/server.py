@@ -29,7 +29,8 @@ class DevServer:
     Args:
         port: The TCP port; 0 takes a free one.
         host: The address to listen on.
-        version: The ComfyUI version whose behaviour is imitated: 0.33.0, 0.8.0 or 0.3.40.
+        version: The ComfyUI version whose behaviour is imitated: 0.33.0, 0.8.0, 0.3.40 or
+            0.0.8.
         path_prefix: What is in front of every path, such as `/comfy`.
         headers: Request headers without which the answer is 401, for HTTP and websockets.
         ssl_context: Serve https and wss with this.

@@ -20,6 +20,8 @@ class Behaviour:
         progress_state: Whether `progress_state` messages are sent.
         detailed_errors: Whether a rejected graph names missing node types and cycles.
         previewable_count: Whether a finished job has `previewable_outputs_count`.
+        cached_executed: Whether `executed` is sent for cached nodes; else their outputs are in the
+            history only.
     """
 
     version: str
@@ -32,6 +34,7 @@ class Behaviour:
     progress_state: bool = True
     detailed_errors: bool = True
     previewable_count: bool = True
+    cached_executed: bool = True
 
 
 _BEHAVIOURS = (
@@ -54,6 +57,19 @@ _BEHAVIOURS = (
         progress_state=False,
         detailed_errors=False,
         previewable_count=False,
+    ),
+    Behaviour(
+        "0.0.8",
+        own_prompt_id=False,
+        uuid_prompt_id=False,
+        jobs=False,
+        cancel=False,
+        targeted_interrupt=False,
+        feature_flags=False,
+        progress_state=False,
+        detailed_errors=False,
+        previewable_count=False,
+        cached_executed=False,
     ),
 )
 

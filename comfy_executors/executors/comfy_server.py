@@ -44,6 +44,7 @@ from comfy_executors.workflows import Graph, output_nodes
 logger = logging.getLogger(__name__)
 
 _READY_POLL = 0.5
+_KNOWN_UPLOADS = 256  # sets of input images; of one that is forgotten the server is asked again
 
 Self = TypeVar("Self", bound="ComfyServerWorkflowExecutor")
 
@@ -209,6 +210,7 @@ class ComfyServerWorkflowExecutor(BaseWorkflowExecutor):
             with self._uploads_lock:
                 future = self._uploads.get(images.folder)
                 if future is None:
+                    self._forget_oldest_uploads()
                     mine = self._uploads[images.folder] = Future()
             if future is None:
                 self._upload_as_first(images, mine, control)
@@ -237,6 +239,12 @@ class ComfyServerWorkflowExecutor(BaseWorkflowExecutor):
     def _put(self, folder: str, name: str, data: bytes, waiter: Waiter) -> None:
         if not self._client.has_input(name, folder, len(data), waiter):
             self._client.upload(data, name, folder, waiter)
+
+    def _forget_oldest_uploads(self) -> None:
+        """Make room for one more; the lock is held."""
+        done = [folder for folder, future in self._uploads.items() if future.done()]
+        for folder in done[: max(0, len(self._uploads) + 1 - _KNOWN_UPLOADS)]:
+            del self._uploads[folder]
 
     def _forget_uploads(self) -> None:
         with self._uploads_lock:

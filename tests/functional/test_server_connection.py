@@ -53,6 +53,7 @@ from comfy_executors.errors import (
     WaitTimeoutError,
     WorkflowRejectedError,
 )
+from comfy_executors.executors import comfy_server
 from comfy_executors.images import InputImageSet
 
 E = TypeVar("E", bound=Exception)
@@ -667,6 +668,56 @@ def test_inputs_that_a_restart_wiped_are_uploaded_again(version: str) -> None:
             shutil.rmtree(uploaded.parent)
             assert len(executor.submit_workflow(loading(), [data]).result(PATIENCE)) == 1
         assert served(server)["POST /upload/image"] == 2
+
+
+def test_only_so_many_uploads_are_remembered(
+    server: DevServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comfy_server, "_KNOWN_UPLOADS", 2)
+    data = example(server)
+    # Bytes behind the end of a PNG change nothing but the set's name.
+    first, second, third = (data + bytes(number) for number in range(3))
+    with ComfyServerWorkflowExecutor(server.address) as executor:
+        for image in (first, second, third, third, second, first):
+            assert len(executor.submit_workflow(loading(), [image]).result(PATIENCE)) == 1
+    assert served(server)["POST /upload/image"] == 3
+    assert served(server)["HEAD /view"] == 4  # the first one was asked for again
+
+
+def test_batches_wait_for_the_upload_that_another_one_makes(server: DevServer) -> None:
+    server.faults.delay("POST", "/upload/image", 0.5)
+    with ComfyServerWorkflowExecutor(server.address) as executor:
+        run = executor.submit_workflow(loading(), [example(server)], num_samples=4)
+        assert len(run.result(PATIENCE)) == 4
+    assert served(server)["HEAD /view"] == served(server)["POST /upload/image"] == 1
+    assert [r.status for r in server.requests if r.path == "/prompt" and r.status != 200] == []
+    assert served(server)["POST /prompt"] == 4
+
+
+def test_input_images_are_uploaded_side_by_side(server: DevServer) -> None:
+    data = example(server)
+    server.faults.delay("HEAD", "/view", 0.5, times=1)
+    with ComfyServerWorkflowExecutor(server.address) as executor:
+        run = executor.submit_workflow(loading(), [data + bytes(i) for i in range(9)])
+        assert len(run.result(PATIENCE)) == 1
+    uploads = [r for r in server.requests if r.path in ("/view", "/upload/image")]
+    heads = [r.query["filename"] for r in uploads if r.method == "HEAD"]
+    assert sorted(heads) == [f"{number:04d}.png" for number in range(9)]
+    assert heads[0] != "0000.png"  # the others did not wait for the slow one
+    assert served(server)["POST /upload/image"] == 9
+
+
+def test_one_of_many_inputs_that_is_refused_fails_the_run(server: DevServer) -> None:
+    data = example(server)
+    server.faults.fail("POST", "/upload/image", status=413)
+    images = [data + bytes(i) for i in range(9)]
+    with ComfyServerWorkflowExecutor(server.address) as executor:
+        error = executor.submit_workflow(loading(), images).futures[0].exception(PATIENCE)
+        assert isinstance(error, ServerResponseError)
+        assert server.prompts == []
+        # Nothing of it is taken for uploaded.
+        assert len(executor.submit_workflow(loading(), images).result(PATIENCE)) == 1
+    assert len(list((server.directory / "input").glob("*/*.png"))) == 9
 
 
 def test_an_upload_that_fails_for_one_run_is_tried_by_the_other(server: DevServer) -> None:

@@ -28,7 +28,7 @@ from server_kit import (
     stranger_posts,
 )
 
-from comfy_executors import ComfyServerWorkflowExecutor, WorkflowTemplate
+from comfy_executors import ComfyServerWorkflowExecutor, ProgressEvent, WorkflowTemplate
 from comfy_executors.clients.comfyui import ComfyUIClient
 from comfy_executors.clients.http import DeadlineWaiter, HttpClient
 from comfy_executors.devserver import DevServer
@@ -332,6 +332,38 @@ def test_a_post_that_was_accepted_and_answered_by_a_page_is_not_queued_twice(
         assert served(server)["POST /prompt"] == 2
 
 
+def test_a_post_that_the_server_lists_late_is_not_repeated(
+    server: DevServer, executor: ComfyServerWorkflowExecutor
+) -> None:
+    server.faults.reset_after("POST", "/prompt")
+    for path, body in (
+        ("/queue", '{"queue_running": [], "queue_pending": []}'),
+        ("/history/*", "{}"),
+        ("/history", "{}"),
+    ):
+        server.faults.fail("GET", path, status=200, body=body)
+    assert len(executor.submit_workflow(bench()).result(PATIENCE)) == 1
+    assert served(server)["GET /history"] == 1
+    exactly(server, 1)
+
+
+def test_a_post_that_runs_under_an_id_of_the_servers_own_is_not_repeated() -> None:
+    with old_and_new("0.3.40") as server, ComfyServerWorkflowExecutor(server.address) as executor:
+        queued = threading.Event()
+
+        def hear(event: ProgressEvent) -> None:
+            if event.kind == "queued":
+                queued.set()
+
+        server.faults.reset_after("POST", "/prompt")
+        # It never gets into the history: only its mark in the queue tells.
+        run = executor.submit_workflow(bench(ENDLESS, steps=10_000), on_progress=hear)
+        assert queued.wait(PATIENCE)
+        assert statuses(server) == {"running": 1}
+        run.cancel()
+        ended(server, interrupted=1)
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_cancelled_prompt_whose_post_had_no_answer_is_cancelled(version: str) -> None:
     with old_and_new(version) as server, ComfyServerWorkflowExecutor(server.address) as executor:
@@ -395,6 +427,25 @@ def test_retry_after_is_kept(
 
 
 # Downloads.
+
+
+def test_the_next_prompt_is_queued_while_images_are_downloaded(server: DevServer) -> None:
+    server.faults.delay("GET", "/view", 2 * PATIENCE)
+    with ComfyServerWorkflowExecutor(server.address, max_workers=1) as executor:
+        run = executor.submit_workflow(bench(), num_samples=2)
+        ended(server, success=2)
+        assert not run.done()
+        run.cancel()
+
+
+def test_cached_outputs_of_old_servers_are_found_in_the_history() -> None:
+    with old_and_new("0.0.8") as server, ComfyServerWorkflowExecutor(server.address) as executor:
+        template = bench(seed=5)
+        [first] = executor.submit_workflow(template, randomize_seed=False).result(PATIENCE)
+        [second] = executor.submit_workflow(template, randomize_seed=False).result(PATIENCE)
+        assert (first.cached, second.cached) == (False, True)
+        assert (first.name, first.data) == (second.name, second.data)
+        assert server.node_runs == {"BenchSampler": 1, "SaveImage": 1}
 
 
 def test_a_truncated_image_is_fetched_again_whole(
