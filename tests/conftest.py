@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
+from collections.abc import Iterator
+
+import pytest
+
+from comfy_executors.devserver import DevServer
 
 from hypothesis import settings
 
@@ -14,3 +20,17 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A test run in the background ignores Ctrl-C, and the programs that tests start would inherit
     # that. A handler of our own becomes the default one in them.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def any_server() -> Iterator[str]:
+    """The URL of the ComfyUI server that COMFYUI_URL names, or else of a dev server.
+
+    Tests that use it need core nodes only, no faults and no look into the dev server.
+    """
+    url = os.environ.get("COMFYUI_URL")
+    if url:
+        yield url.rstrip("/")
+        return
+    with DevServer() as server:
+        yield server.url
