@@ -13,7 +13,7 @@ import websocket
 
 
 def run_floor(address: str, graphs: list[dict[str, Any]], threads: int) -> int:
-    """Run graphs of one image each and return the number of bytes that came.
+    """Run graphs that save in one node each, and return the number of bytes that came.
 
     All prompts are posted at once, and each image is fetched as it is announced.
 
@@ -45,9 +45,11 @@ def run_floor(address: str, graphs: list[dict[str, Any]], threads: int) -> int:
     with posting, fetching:
         posts = [posting.submit(post, graph) for graph in graphs]
         fetches: list[Future[int]] = []
-        while len(fetches) < len(graphs):
+        reports = 0
+        while reports < len(graphs):
             message = json.loads(socket.recv())
             if message["type"] == "executed":
+                reports += 1
                 images = message["data"]["output"]["images"]
                 fetches += [fetching.submit(fetch, image) for image in images]
         for posted in posts:
