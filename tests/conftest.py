@@ -7,10 +7,9 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from comfy_executors.devserver import DevServer
-
-from hypothesis import settings
 
 # A busy machine is no failure: what a test costs is measured elsewhere.
 settings.register_profile("untimed", deadline=None)
