@@ -9,8 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from comfy_executors.clients.comfyui import choices, nearest_names, shown, what_there_is
 from comfy_executors.errors import NodeProblem, node_label
+from comfy_executors.node_info import (
+    Info,
+    choices,
+    input_options,
+    input_type,
+    nearest_names,
+    shown,
+    what_there_is,
+)
 from comfy_executors.workflows import Graph, class_type, is_link, node_title, output_nodes
 
 _CONVERTERS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
@@ -22,7 +30,6 @@ _PRIMITIVES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "*"}
 _UPLOADS = ("image_upload", "video_upload", "audio_upload", "file_upload")
 _WARNINGS = {"unknown_input", "unused_node", "text_as_boolean"}
 
-Info = Mapping[str, Any]
 Problems = Iterator[NodeProblem]
 
 
@@ -161,7 +168,7 @@ class _Check:
                 yield self._problem(node_id, name, value, "unknown_input", reason, nearest)
 
     def _value(self, node_id: str, name: str, value: Any, config: Any) -> Problems:
-        wanted = _type(config)
+        wanted = input_type(config)
         if isinstance(value, dict) and "__value__" in value:
             return  # how a list is given that is no link
         if wanted.startswith("COMFY_"):
@@ -178,7 +185,7 @@ class _Check:
             reason = f'wants a link to a {wanted} output, ["node id", slot], not {shown(value)}'
             yield self._problem(node_id, name, value, "invalid_input_type", reason)
         elif wanted in _CONVERTERS:
-            yield from self._number(node_id, name, value, wanted, _options(config))
+            yield from self._number(node_id, name, value, wanted, input_options(config))
         elif wanted == "BOOLEAN" and str(value).lower() in ("false", "no", "off", "0"):
             if isinstance(value, str):
                 reason = f"the text {shown(value)} counts as true: write false, without quotes"
@@ -222,7 +229,7 @@ class _Check:
             yield self._problem(node_id, name, value, "value_bigger_than_max", reason)
 
     def _choice(self, node_id: str, name: str, value: Any, config: Any) -> Problems:
-        known, options = choices(config), _options(config)
+        known, options = choices(config), input_options(config)
         if known is None or "remote" in options or str(value) in known:
             return
         if any(options.get(upload) for upload in _UPLOADS):
@@ -240,22 +247,9 @@ class _Check:
         yield self._problem(node_id, name, value, "value_not_in_list", reason, nearest)
 
 
-def _type(config: Any) -> str:
-    """Return the type of an input; lists of choices, the older way to write them, are COMBO."""
-    if not isinstance(config, (list, tuple)) or not config:
-        return "*"
-    return config[0] if isinstance(config[0], str) else "COMBO"
-
-
-def _options(config: Any) -> Mapping[str, Any]:
-    if isinstance(config, (list, tuple)) and len(config) > 1 and isinstance(config[1], Mapping):
-        return config[1]
-    return {}
-
-
 def _may_be_spread(config: Any) -> bool:
     # Of an input that grows, only the parts are given: `images.image0`.
-    kind = _type(config)
+    kind = input_type(config)
     return kind.startswith("COMFY_") and not kind.startswith("COMFY_DYNAMICCOMBO")
 
 

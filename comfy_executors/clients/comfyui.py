@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
-import itertools
-import json
-import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
@@ -29,15 +25,13 @@ from comfy_executors.errors import (
     WorkflowRejectedError,
 )
 from comfy_executors.images import kind_of
+from comfy_executors.node_info import choices, nearest_names, shown, what_there_is
 from comfy_executors.workflows import Graph, class_type, node_title
 
 DEFAULT_PORT = 8188
 # Our own mark on a prompt: servers before 0.3.x answer a post with an id of their own, and after a
 # lost answer this is the only way to find the prompt again.
 MARK = "comfy_executors_id"
-_NEAREST = 3
-_ALIKE = 0.5
-_SHOWN_VALUE = 120
 
 
 class QueuedPrompt(NamedTuple):
@@ -382,57 +376,6 @@ def _not_in_list(value: Any, extra: Mapping[str, Any]) -> tuple[str, tuple[str, 
         return f"{shown(value)} is not in the list", ()
     nearest = nearest_names(str(value), options)
     return f"{shown(value)} is not on the server{what_there_is(options, nearest)}", nearest
-
-
-def choices(config: Any) -> list[str] | None:
-    """Return the values that an input's description lists, or None if it lists none."""
-    if not isinstance(config, (list, tuple)) or not config:
-        return None
-    options = config[0]
-    if options == "COMBO" and len(config) > 1 and isinstance(config[1], Mapping):
-        options = config[1].get("options")
-    return [str(option) for option in options] if isinstance(options, (list, tuple)) else None
-
-
-def what_there_is(names: Collection[str], nearest: Collection[str]) -> str:
-    """Word what a server has instead, where no name is near: `, which has 12, such as a, b, c`."""
-    if nearest:
-        return ""
-    if not names:
-        return ", which has none to choose from"
-    some = ", ".join(map(_cut, itertools.islice(names, _NEAREST)))
-    count = f"{len(names)}, such as" if len(names) > _NEAREST else "only"
-    return f", which has {count} {some}"
-
-
-def nearest_names(name: str, names: Iterable[str]) -> tuple[str, ...]:
-    """Return the names most like a given one, best first, at most three.
-
-    Folders and endings do not count: all model files end alike.
-    """
-    wanted = _stem(name)
-    likeness = {candidate: _likeness(wanted, _stem(candidate)) for candidate in names}
-    close = [candidate for candidate, like in likeness.items() if like >= _ALIKE]
-    return tuple(sorted(close, key=lambda candidate: -likeness[candidate])[:_NEAREST])
-
-
-def _stem(name: str) -> str:
-    return os.path.splitext(re.split(r"[\\/]", name)[-1])[0].lower()
-
-
-def _likeness(wanted: str, candidate: str) -> float:
-    like = difflib.SequenceMatcher(None, wanted, candidate).ratio()
-    contained = len(wanted) > 2 and (wanted in candidate or candidate in wanted)
-    return max(like, _ALIKE) if contained and candidate else like
-
-
-def shown(value: Any) -> str:
-    """Write a value as JSON for a sentence, cut where it is long."""
-    return _cut(json.dumps(value, ensure_ascii=False, default=str))
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _SHOWN_VALUE else f"{text[:_SHOWN_VALUE]}…"
 
 
 def execution_error(data: Mapping[str, Any], graph: Graph, server: str) -> NodeExecutionError:

@@ -13,9 +13,7 @@ from hypothesis import strategies as st
 
 from comfy_executors.clients.comfyui import (
     ComfyUIClient,
-    choices,
     execution_error,
-    nearest_names,
     rejection,
 )
 from comfy_executors.clients.http import Answer, DeadlineWaiter, HttpClient
@@ -25,6 +23,7 @@ from comfy_executors.errors import (
     WorkflowError,
     WorkflowInterruptedError,
 )
+from comfy_executors.node_info import choices, nearest_names
 
 RECORDINGS = Path(__file__).parent.parent / "recordings"
 SAMPLER = 'Node 1 "Sampler" (BenchSampler), input'
