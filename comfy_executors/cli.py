@@ -1,4 +1,4 @@
-"""The command line: `comfy-executors run`, `check`, `demo`, `devserver`, `runpod`, `version`.
+"""The command line: `run`, `check`, `template`, `demo`, `devserver`, `runpod`, `version`.
 
 Exit codes: 0 all was delivered, 1 some batches failed, 2 wrong usage or template, 3 the server
 cannot be used, 130 cancelled by Ctrl-C or SIGTERM, with our prompts taken off the server.
@@ -48,6 +48,7 @@ from comfy_executors.cli_runpod import (
     add_runpod_commands,
     make_runpod_executor,
 )
+from comfy_executors.cli_template import add_template_command, template
 from comfy_executors.clients.comfyui import DEFAULT_PORT
 from comfy_executors.errors import ComfyExecutorsError, ServerError, WorkflowError
 from comfy_executors.executors.comfy_server import ComfyServerWorkflowExecutor
@@ -272,6 +273,9 @@ def _parser() -> argparse.ArgumentParser:
 
     words = "render a template and hold it against a server, without running it"
     add_template_arguments(_add_command(commands, "check", check, words, "TEMPLATE "))
+
+    words = "make a template of a workflow that ComfyUI exported"
+    add_template_command(_add_command(commands, "template", template, words, "EXPORT "))
 
     demo = _add_command(commands, "demo", _demo, "make 16 images on a dev server, without a GPU")
     demo.add_argument("--output", metavar="DIR", default="out", help="default: %(default)s")

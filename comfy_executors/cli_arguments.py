@@ -160,11 +160,17 @@ def template_variables(args: argparse.Namespace) -> dict[str, Any]:
 def add_template_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `run` and `check` share."""
     parser.add_argument("template", metavar="TEMPLATE", help="a path, or an http(s) URL")
+    add_server_arguments(
+        parser,
+        f"host:port or a URL; default: $COMFYUI_URL; for run, else localhost:{DEFAULT_PORT}",
+    )
+    _add_variables(parser)
+
+
+def add_server_arguments(parser: argparse.ArgumentParser, help: str) -> None:
+    """Add how a server is reached."""
     parser.add_argument(
-        "--server",
-        metavar="ADDRESS",
-        default=os.environ.get("COMFYUI_URL"),
-        help=f"host:port or a URL; default: $COMFYUI_URL; for run, else localhost:{DEFAULT_PORT}",
+        "--server", metavar="ADDRESS", default=os.environ.get("COMFYUI_URL"), help=help
     )
     parser.add_argument(
         "--header",
@@ -190,6 +196,9 @@ def add_template_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="do not check the server's certificate: anybody between may read and change all",
     )
+
+
+def _add_variables(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--var",
         metavar="NAME=TEXT",

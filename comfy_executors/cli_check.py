@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 from comfy_executors.checking import check_nodes, is_warning
 from comfy_executors.cli_arguments import load_template, template_variables
@@ -13,19 +12,15 @@ from comfy_executors.cli_delivery import (
     DELIVERED,
     OPTION_OF,
     USAGE,
-    UsageError,
     counted,
     json_line,
 )
 from comfy_executors.cli_progress import Display
-from comfy_executors.clients.comfyui import DEFAULT_PORT, ComfyUIClient
-from comfy_executors.clients.http import DeadlineWaiter, HttpClient, parse_address
+from comfy_executors.cli_server import server_object_info
 from comfy_executors.errors import NodeProblem, TemplateVariablesError
 from comfy_executors.executors.plan import Plan, refuse_previews_only
 from comfy_executors.images import InputImageSet
 from comfy_executors.workflows import Graph, WorkflowTemplate
-
-_SERVER_SECONDS = 60.0  # the descriptions of a server with many custom nodes are megabytes
 
 
 def check(args: argparse.Namespace) -> int:
@@ -43,7 +38,7 @@ def check(args: argparse.Namespace) -> int:
     if not args.server:
         _tell_problems([], "rendered, without a --server to hold it against", graph, args.json)
         return DELIVERED
-    url, info = _object_info(args)
+    url, info = server_object_info(args)
     problems = check_nodes(graph, info)
     _tell_problems(problems, f"held against {url}", graph, args.json)
     return DELIVERED if all(map(is_warning, problems)) else USAGE
@@ -80,20 +75,6 @@ def _render(template: WorkflowTemplate, args: argparse.Namespace) -> Graph:
     if not args.include_previews:
         refuse_previews_only(plan.graph)
     return plan.graph
-
-
-def _object_info(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    try:
-        url, user = parse_address(args.server, DEFAULT_PORT)
-        http = HttpClient(url, headers=dict(args.header), auth=user, verify=args.verify)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    client, waiter = ComfyUIClient(http), DeadlineWaiter(_SERVER_SECONDS)
-    try:
-        client.check(waiter)
-        return url, client.object_info(waiter)
-    finally:
-        http.close()
 
 
 def _tell_variables(template: WorkflowTemplate, as_json: bool) -> None:

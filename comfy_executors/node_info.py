@@ -8,7 +8,9 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, Union
+
+from comfy_executors.errors import GraphError
 
 _NEAREST = 3
 _ALIKE = 0.5
@@ -16,6 +18,33 @@ _SHOWN_VALUE = 120
 
 # The description of one node class, and of all of them by their names.
 Info = Mapping[str, Any]
+# All of them, or a JSON file that holds them.
+ObjectInfo = Union[Info, str, os.PathLike[str]]
+
+
+def read_object_info(object_info: ObjectInfo) -> Info:
+    """Return the description of a server's nodes, read from a file where it is one.
+
+    Raises:
+        OSError: The file cannot be read.
+        GraphError: It is not what `GET /object_info` answers.
+    """
+    if isinstance(object_info, Mapping):
+        return object_info
+    with open(object_info, "rb") as file:
+        try:
+            info = json.load(file)
+        except ValueError as error:
+            raise GraphError(f"{os.fspath(object_info)} is no JSON: {error}") from error
+    if not isinstance(info, dict) or not any(map(_is_description, info.values())):
+        raise GraphError(
+            f"{os.fspath(object_info)} is not what a server answers to GET /object_info"
+        )
+    return info
+
+
+def _is_description(info: Any) -> bool:
+    return isinstance(info, dict) and "input" in info
 
 
 def input_type(config: Any) -> str:

@@ -11,9 +11,10 @@ its plain text, to the writer it is the author's text with values in it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePath
 from types import TracebackType
 from typing import Any, Callable, NamedTuple, Union
@@ -231,6 +232,7 @@ class Program:
     Attributes:
         variables: The names that it wants from outside.
         required: Those of them that it nowhere guards with `default` or `is defined`.
+        defaults: The values that `default` gives to those others, where they are constants.
 
     Raises:
         jinja2.TemplateSyntaxError: Jinja cannot read it, or it wants another file.
@@ -241,6 +243,7 @@ class Program:
         _refuse_unsupported(tree)
         self.variables = frozenset(meta.find_undeclared_variables(tree))
         self.required = self.variables - _guarded_names(tree)
+        self.defaults = {name: value for name, value in _defaults(tree) if name in self.variables}
         tree = _CommaLiterals().visit(tree)
         tree.set_environment(_ENVIRONMENT)
         code = _ENVIRONMENT.compile(tree, filename=_FILENAME)
@@ -278,8 +281,19 @@ def _refuse_unsupported(tree: nodes.Template) -> None:
         raise jinja2.TemplateSyntaxError(message, node.lineno)
 
 
+def _defaults(tree: nodes.Template) -> Iterator[tuple[str, Any]]:
+    for node in _default_filters(tree):
+        if isinstance(node.node, nodes.Name) and len(node.args) == 1:
+            with contextlib.suppress(nodes.Impossible):
+                yield node.node.name, node.args[0].as_const()
+
+
+def _default_filters(tree: nodes.Template) -> list[nodes.Filter]:
+    return [node for node in tree.find_all(nodes.Filter) if node.name in ("default", "d")]
+
+
 def _guarded_names(tree: nodes.Template) -> set[str]:
-    guards = [node for node in tree.find_all(nodes.Filter) if node.name in ("default", "d")]
+    guards = _default_filters(tree)
     tests = [node for node in tree.find_all(nodes.Test) if node.name in ("defined", "undefined")]
     operands = [node.node for node in (*guards, *tests)]
     return {node.name for node in operands if isinstance(node, nodes.Name)}

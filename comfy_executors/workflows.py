@@ -21,6 +21,7 @@ from comfy_executors.errors import (
     TemplateSyntaxError,
     TemplateVariablesError,
 )
+from comfy_executors.exports import convert_export
 from comfy_executors.graphs import (
     MAX_SEED,
     Graph,
@@ -36,7 +37,10 @@ from comfy_executors.graphs import (
     set_seeds,
 )
 from comfy_executors.json_text import excerpt, parse_json, position
+from comfy_executors.node_info import ObjectInfo, read_object_info
+from comfy_executors.parametrize import find_parameters
 from comfy_executors.rendering import DanglingBackslashError, Program
+from comfy_executors.template_text import write_template
 
 __all__ = [
     "MAX_SEED",
@@ -73,6 +77,7 @@ class WorkflowTemplate:
         source: The file or URL that it came from, without credentials, or None.
         variables: All names that the template wants.
         required_variables: Those that it nowhere guards with `default` or `is defined`.
+        defaults: What `default(…)` gives to the others, where that is a constant.
 
     Raises:
         TypeError: The text is no string.
@@ -99,21 +104,33 @@ class WorkflowTemplate:
             raise TemplateSyntaxError("it is nested too deeply", source=source) from error
         self.variables: frozenset[str] = self._program.variables
         self.required_variables: frozenset[str] = self._program.required
+        self.defaults: dict[str, Any] = self._program.defaults
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike[str]) -> WorkflowTemplate:
+    def from_file(
+        cls, path: str | os.PathLike[str], *, object_info: ObjectInfo | None = None
+    ) -> WorkflowTemplate:
         """Read a template from a UTF-8 file.
 
         Args:
             path: The file.
+            object_info: The server's description of its node classes (`GET /object_info`), or a
+                JSON file that holds it. With it, a file in ComfyUI's UI format is converted.
 
         Raises:
             OSError: The file cannot be read; FileNotFoundError when there is none.
             TemplateError: It is not UTF-8 text, or not a template (see the class).
+            GraphError: It cannot be converted: `object_info` lacks one of its nodes.
         """
         source = os.fspath(path)
         with open(source, "rb") as file:
-            return cls(_decoded(file.read(), source), source=source)
+            text = _decoded(file.read(), source)
+        workflow = _parsed(text)
+        if object_info is None or not is_ui_format(workflow):
+            return cls(text, source=source)
+        template = cls.from_graph(workflow, object_info=object_info)
+        template.source = source
+        return template
 
     @classmethod
     def from_url(
@@ -138,18 +155,34 @@ class WorkflowTemplate:
         return cls(_decoded(data, source), source=source)
 
     @classmethod
-    def from_graph(cls, graph: Mapping[str, Any]) -> WorkflowTemplate:
-        """Make a template without variables from a graph, taken literally.
+    def from_graph(
+        cls,
+        graph: Mapping[str, Any],
+        *,
+        auto: bool = False,
+        object_info: ObjectInfo | None = None,
+    ) -> WorkflowTemplate:
+        """Make a template from a graph: without variables, or with those that a person would want.
 
         Args:
             graph: A workflow in ComfyUI's API format. It is copied; `{{` in it is text.
+            auto: Make variables of prompts, sizes, steps, cfg, models, batch size and input
+                images; see `parametrize.find_parameters`. Batch size and input images have to be
+                given then, all else has the graph's values as defaults.
+            object_info: The server's description of its node classes (`GET /object_info`), or a
+                JSON file that holds it. With it, a workflow in ComfyUI's UI format is converted.
 
         Raises:
-            GraphError: It is no workflow (see `check_graph`), or JSON cannot express it.
-            UIFormatError: It is in ComfyUI's UI format.
+            GraphError: It is no workflow (see `check_graph`), JSON cannot express it, or
+                `object_info` lacks one of its nodes.
+            UIFormatError: It is in ComfyUI's UI format, and there is no `object_info`.
         """
         nodes = dict(graph) if isinstance(graph, Mapping) else graph
+        if object_info is not None and is_ui_format(nodes):
+            nodes = convert_export(nodes, read_object_info(object_info))
         check_graph(nodes)
+        if auto:
+            return cls(write_template(nodes, find_parameters(nodes)))
         try:
             text = json.dumps(nodes, ensure_ascii=False, allow_nan=False, indent=2)
         except (TypeError, ValueError) as error:
@@ -198,6 +231,7 @@ class WorkflowTemplate:
         self.source = state["source"]
         self._graph = json.loads(self.text)
         self.variables = self.required_variables = frozenset()
+        self.defaults = {}
 
     def _check_names(self, given: Mapping[str, Any]) -> None:
         missing = sorted(self.required_variables - given.keys())
@@ -257,13 +291,17 @@ class WorkflowTemplate:
 
 
 def _refuse_ui_format(text: str, source: str | None) -> None:
-    try:
-        graph = json.loads(text)
-    except (ValueError, RecursionError):
-        # A template need not be JSON before it is rendered.
-        return
+    graph = _parsed(text)
     if is_ui_format(graph):
         check_graph(graph, source=source)
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        # A template need not be JSON before it is rendered.
+        return None
 
 
 def _syntax_error(
