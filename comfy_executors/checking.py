@@ -152,20 +152,43 @@ class _Check:
         sections = info.get("input") or {}
         required = sections.get("required") or {}
         described = {**(sections.get("optional") or {}), **required}
-        for name in required:
-            if name not in given and not _may_be_spread(required[name]):
-                yield self._problem(
-                    node_id, name, None, "required_input_missing", "is required and missing"
-                )
         hidden = sections.get("hidden") or {}
-        for name, value in given.items():
+        missing = [
+            name for name in required if name not in given and not _may_be_spread(required[name])
+        ]
+        unknown = [
+            name
+            for name in given
             # The parts of a dynamic input are called after it: `format.codec`.
+            if name not in hidden and name not in described and name.split(".")[0] not in described
+        ]
+        renamed = _renamed(unknown, missing)
+        yield from self._missing(node_id, missing, renamed)
+        for name, value in given.items():
             if name in described:
                 yield from self._value(node_id, name, value, described[name])
-            elif name not in hidden and name.split(".")[0] not in described:
-                nearest = nearest_names(name, described)
-                reason = "the node has no such input, and ignores it"
-                yield self._problem(node_id, name, value, "unknown_input", reason, nearest)
+            elif name in unknown:
+                yield self._unknown_input(node_id, name, renamed.get(name), described)
+
+    def _missing(self, node_id: str, missing: list[str], renamed: Mapping[str, str]) -> Problems:
+        for name in missing:
+            reason = "is required and missing"
+            old = [before for before, after in renamed.items() if after == name]
+            if old:
+                reason += f"; it may be what {old[0]} was called before, which is given"
+            yield self._problem(node_id, name, None, "required_input_missing", reason)
+
+    def _unknown_input(
+        self, node_id: str, name: str, renamed: str | None, described: Info
+    ) -> NodeProblem:
+        value = self._graph[node_id]["inputs"][name]
+        reason = "the node has no such input, and ignores it"
+        if renamed is None:
+            nearest = nearest_names(name, described)
+        else:
+            reason += f"; a newer ComfyUI may have renamed it to {renamed}, which is missing"
+            nearest = (renamed,)
+        return self._problem(node_id, name, value, "unknown_input", reason, nearest)
 
     def _value(self, node_id: str, name: str, value: Any, config: Any) -> Problems:
         wanted = input_type(config)
@@ -245,6 +268,15 @@ class _Check:
         nearest = nearest_names(str(value), known)
         reason = f"{shown(value)} is not on the server{what_there_is(known, nearest)}"
         yield self._problem(node_id, name, value, "value_not_in_list", reason, nearest)
+
+
+def _renamed(unknown: list[str], missing: list[str]) -> dict[str, str]:
+    """Guess which missing inputs are unknown ones under new names."""
+    guesses = {name: nearest_names(name, missing) for name in unknown}
+    pairs = {name: nearest[0] for name, nearest in guesses.items() if nearest}
+    if not pairs and len(unknown) == len(missing) == 1:
+        return {unknown[0]: missing[0]}
+    return pairs
 
 
 def _may_be_spread(config: Any) -> bool:

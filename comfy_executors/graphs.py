@@ -16,8 +16,9 @@ _SEED_INPUTS = ("seed", "noise_seed")
 _SHOWN_PROBLEMS = 10
 _EXPORT_HINT = (
     "export it in ComfyUI with Workflow > Export (API); in older versions enable the dev mode"
-    " options in the settings, then use Save (API Format). Or have it converted: `comfy-executors"
-    " template` does, with --server or --object-info, and from_file and from_graph with object_info="
+    " options in the settings, then use Save (API Format). It is converted by"
+    " `comfy-executors template` with --server or --object-info, and in Python by from_file and"
+    " from_graph with object_info="
 )
 
 

@@ -27,6 +27,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Joiner, pass_context
 from jinja2.visitor import NodeTransformer
 
+# Stands for a character of Jinja in an outline: JSON cannot hold it.
+JINJA = "\0"
 # Names the frames of the compiled template in a traceback.
 _FILENAME = "<workflow template>"
 _QUOTE_OR_ESCAPE = re.compile(r'\\.?|"', re.DOTALL)
@@ -221,6 +223,18 @@ def _unchanged(value: Any) -> Any:
 
 
 _ENVIRONMENT = _Environment()
+
+
+def outline(text: str) -> str:
+    """Return a template with `JINJA` for each character of Jinja, and its own text in its place."""
+    parts = []
+    end = 0
+    for _, kind, token in _ENVIRONMENT.lex(text):
+        # Only white space can be left out between tokens.
+        start = text.index(token, end)
+        parts += [text[end:start], token if kind == "data" else JINJA * len(token)]
+        end = start + len(token)
+    return "".join(parts)
 
 
 class Program:

@@ -497,9 +497,16 @@ def test_check_finds_all_and_runs_nothing(cli: Cli) -> None:
     assert cli.server.prompts == []
 
 
+def place_in_demo(text: str) -> tuple[int, int]:
+    before = DEMO.read_text("utf-8").split(text)[0]
+    return before.count("\n") + 1, len(before) - before.rfind("\n")
+
+
 def test_check_in_json(cli: Cli) -> None:
     done = cli.within("check", str(DEMO), "--var", "prompt=x", "--var", "steps=many", "--json")
-    problem, end = events(done.stdout)
+    variables, problem, end = events(done.stdout)
+    assert variables["defaults"]["steps"] == 20
+    assert (problem["line"], problem["column"]) == place_in_demo("{{ steps |")
     assert (problem["event"], problem["level"]) == ("problem", "error")
     assert (problem["node_id"], problem["input_name"], problem["value"]) == ("3", "steps", "many")
     assert (end["event"], end["errors"], done.returncode) == ("end", 1, 2)
@@ -517,7 +524,7 @@ def test_check_without_a_server_renders(cli: Cli) -> None:
 def test_check_lists_the_variables_that_are_wanted(cli: Cli) -> None:
     done = cli.within("check", str(DEMO))
     assert done.returncode == 2
-    assert {"prompt: required", "steps: optional"} <= set(done.stdout.splitlines())
+    assert {"prompt: required", "steps: default 20"} <= set(done.stdout.splitlines())
     assert "batch_size: filled in by --batch-size" in done.stdout.splitlines()
     assert "missing variables: prompt" in done.stderr
 
