@@ -13,7 +13,7 @@ from comfy_executors.prompts import find_prompts
 # Inputs of any node, and the variables that they become.
 _NUMBERS = {"steps": "steps", "cfg": "cfg", "guidance": "guidance"}
 _MODELS = {"ckpt_name": "checkpoint", "unet_name": "diffusion_model"}
-_SIZES = {"width": ("width", "target_width"), "height": ("height", "target_height")}
+_SIZES = ("width", "height")
 # Nodes that are told the size of the canvas though they do not make it.
 _TOLD_THE_SIZE = ("ModelSampling", "CLIPTextEncode", "TextEncode", "Flux2Scheduler")
 _FOLDER_INPUTS = ("directory", "folder", "folder_path", "path")
@@ -64,8 +64,8 @@ def find_parameters(graph: Graph) -> list[Parameter]:
         *_named(graph, "prompt", (Place(*place) for place in prompts)),
         *_named(graph, "negative_prompt", (Place(*place) for place in negatives)),
     ]
-    for name, inputs in _SIZES.items():
-        found += _named(graph, name, _size_places(graph, name, inputs))
+    for name in _SIZES:
+        found += _named(graph, name, _size_places(graph, name))
     # The executor has one batch size for all.
     found += [_required(parameter) for parameter in _batch_sizes(graph)[:1]]
     for name, variable in _NUMBERS.items():
@@ -123,7 +123,8 @@ def _clear_name(
 def _word(text: str, base: str) -> str:
     """Return a text as part of a variable's name, without the words of the name it follows."""
     dull = {*base.split("_"), "positive"}
-    words = re.findall(r"[a-z0-9]+", text.lower())
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text)
+    words = re.findall(r"[a-z0-9]+", spaced.lower())
     return "_".join(word for word in words if word not in dull)
 
 
@@ -135,10 +136,7 @@ def _value(graph: Graph, place: Place) -> Any:
 
 
 def _number_places(graph: Graph, name: str) -> Iterator[Place]:
-    for node_id in graph:
-        place = _number_place(graph, node_id, name)
-        if place is not None:
-            yield place
+    return (place for node_id in graph for place in _places_of(graph, node_id, name))
 
 
 def _number_place(graph: Graph, node_id: str, name: str) -> Place | None:
@@ -157,23 +155,33 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _size_places(graph: Graph, name: str, inputs: tuple[str, ...]) -> list[Place]:
-    canvases = [node_id for node_id in graph if _is_canvas(graph, node_id)]
-    places = [_number_place(graph, node_id, name) for node_id in canvases]
-    found = [place for place in places if place is not None]
+def _size_places(graph: Graph, name: str) -> list[Place]:
+    found = [
+        place
+        for node_id in graph
+        if _is_canvas(graph, node_id)
+        for place in _places_of(graph, node_id, name, f"empty_latent_{name}")
+    ]
     sizes = [_value(graph, place) for place in found]
-    for node_id in graph:
-        if (class_type(graph, node_id) or "").startswith(_TOLD_THE_SIZE):
-            for told in inputs:
-                place = _number_place(graph, node_id, told)
-                if place is not None and _value(graph, place) in sizes:
-                    found.append(place)
-    return found
+    told = [
+        place
+        for node_id in graph
+        if (class_type(graph, node_id) or "").startswith(_TOLD_THE_SIZE)
+        for place in _places_of(graph, node_id, name, f"target_{name}")
+    ]
+    return found + [place for place in told if _value(graph, place) in sizes]
+
+
+def _places_of(graph: Graph, node_id: str, *names: str) -> Iterator[Place]:
+    places = (_number_place(graph, node_id, name) for name in names)
+    return (place for place in places if place is not None)
 
 
 def _is_canvas(graph: Graph, node_id: str) -> bool:
     """Tell whether a node makes an empty latent or image of a given size."""
     inputs = graph[node_id]["inputs"]
+    if "empty_latent_width" in inputs:
+        return True
     empty = "batch_size" in inputs or "Empty" in (class_type(graph, node_id) or "")
     return empty and "width" in inputs and "height" in inputs
 

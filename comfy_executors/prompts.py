@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from comfy_executors.graphs import Graph, class_type, is_link
 
@@ -30,15 +30,16 @@ def find_prompts(graph: Graph) -> tuple[list[_Place], list[_Place]]:
 
     Returns:
         The positive and the negative ones, in the order of the samplers. A text that serves as both
-        counts as positive.
+        counts as negative, unless there would be no positive one then.
     """
     found: dict[str, list[_Place]] = {}
     for role in ("positive", "negative"):
         trail = _Trail(graph, role)
         places = [place for start in _starts(graph, role) for place in trail.follow(*start)]
         found[role] = list(dict.fromkeys(places or _lone_prompts(graph, role)))
-    negative = [place for place in found["negative"] if place not in found["positive"]]
-    return found["positive"], negative
+    positive = [place for place in found["positive"] if place not in found["negative"]]
+    positive = positive or found["positive"]
+    return positive, [place for place in found["negative"] if place not in positive]
 
 
 def _starts(graph: Graph, role: str) -> Iterator[tuple[str, int]]:
@@ -105,10 +106,10 @@ class _Trail:
             on = [name for name in links if not _OTHER.fullmatch(name)]
         return places, [(links[name][0], links[name][1]) for name in on]
 
-    def _is_wanted(self, inputs: dict[str, object], name: str, slot: int) -> bool:
-        """Tell whether an input counts: of a node with both kinds, output 1 is the negative."""
-        if not ("positive" in inputs and "negative" in inputs):
+    def _is_wanted(self, inputs: Mapping[str, object], name: str, slot: int) -> bool:
+        """Tell whether an input counts; of a node that passes on both kinds, one does."""
+        both = [inputs.get("positive"), inputs.get("negative")]
+        if None in both or not name.startswith(("positive", "negative")):
             return True
-        if name.startswith("negative"):
-            return slot == 1
-        return slot != 1 or not name.startswith("positive")
+        passes_on = all(map(is_link, both)) and slot in (0, 1)
+        return name.startswith(("positive", "negative")[slot] if passes_on else self._role)

@@ -79,8 +79,9 @@ def _json(value: Any) -> str:
     if isinstance(value, str):
         return _string(value)
     if isinstance(value, Mapping):
-        items = (f"{_string(key)}: {_json(inner)}" for key, inner in value.items())
-        return "{" + ", ".join(items) + "}"
+        items = ", ".join(f"{_string(key)}: {_json(inner)}" for key, inner in value.items())
+        # A key that is an expression must not make three braces of two.
+        return f"{{ {items} }}" if items.startswith("{") else f"{{{items}}}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_json, value)) + "]"
     return json.dumps(value, allow_nan=False)
