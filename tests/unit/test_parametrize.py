@@ -1,0 +1,217 @@
+"""From an export to a template that renders to the export."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from comfy_executors import ComfyExecutorsError, GraphError, WorkflowTemplate
+from comfy_executors.parametrize import find_parameters, required_variables
+from comfy_executors.template_text import write_template
+from tests.unit.test_template_properties import TEXTS, VALUES
+
+TESTS = Path(__file__).parents[1]
+EXPORTS = sorted((TESTS / "exports").glob("*/*.json"))
+
+
+def recorded_graphs() -> list[Any]:
+    """Every whole graph that was posted in the recordings of real servers."""
+    graphs = []
+    for path in sorted((TESTS / "recordings").glob("*/[0-9]*.json")):
+        for event in json.loads(path.read_text("utf-8")):
+            sent = event.get("sent")
+            if event.get("http") == "POST /prompt" and isinstance(sent, dict):
+                graphs.append(sent.get("prompt"))
+    return [graph for graph in graphs if is_whole(graph)]
+
+
+def is_whole(graph: Any) -> bool:
+    try:
+        WorkflowTemplate.from_graph(graph)
+    except ComfyExecutorsError:
+        return False
+    return True
+
+
+def assert_survives(graph: Any) -> WorkflowTemplate:
+    template = WorkflowTemplate.from_graph(graph, auto=True)
+    required = required_variables(find_parameters(graph))
+    assert template.required_variables == required.keys()
+    # As a file, as the command writes it.
+    again = WorkflowTemplate(template.text.encode("utf-8").decode("utf-8"))
+    assert json.dumps(again.render(**required)) == json.dumps(graph)
+    return template
+
+
+@pytest.mark.parametrize("path", EXPORTS, ids=lambda path: path.stem)
+def test_an_export_survives_as_a_template(path: Path) -> None:
+    assert_survives(json.loads(path.read_text("utf-8")))
+
+
+def test_every_recorded_graph_survives_as_a_template() -> None:
+    graphs = recorded_graphs()
+    assert len(graphs) > 40
+    for graph in graphs:
+        assert_survives(graph)
+
+
+FOUND = {
+    "sd15": "prompt 6.text; negative_prompt 7.text; width 5.width; height 5.height;"
+    " batch_size! 5.batch_size; steps 3.steps; cfg 3.cfg; checkpoint 4.ckpt_name",
+    "sdxl_refiner": "prompt 6.text_g 6.text_l; prompt_refiner 15.text;"
+    " negative_prompt 7.text_g 16.text; negative_prompt_text_l 7.text_l;"
+    " width 5.width 6.width 6.target_width 15.width 16.width;"
+    " height 5.height 6.height 6.target_height 15.height 16.height; batch_size! 5.batch_size;"
+    " steps 10.steps 11.steps; cfg 10.cfg 11.cfg; checkpoint 4.ckpt_name;"
+    " checkpoint_load_refiner 12.ckpt_name",
+    "flux_guider": "prompt 6.clip_l; prompt_t5xxl 6.t5xxl; width 27.width 30.width;"
+    " height 27.height 30.height; batch_size! 27.batch_size; steps 17.steps;"
+    " guidance 6.guidance; guidance_flux 26.guidance; diffusion_model 12.unet_name",
+    "cfg_guider_subgraph": "prompt 57:27.text; negative_prompt 57:33.text; width 57:50.value;"
+    " height 57:51.value; batch_size! 57:13.batch_size; steps 57:42.steps; cfg 57:41.cfg;"
+    " diffusion_model 57:28.unet_name",
+    "controlnet_combine": "prompt 2.text; prompt_person 3.text; negative_prompt 6.text;"
+    " width 12.width; height 12.height; batch_size! 12.batch_size; steps 13.steps; cfg 13.cfg;"
+    " checkpoint 1.ckpt_name; input_images[0]! 8.image; input_images[1]! 9.image",
+    "inpaint": "prompt 4.text; negative_prompt 5.text; steps 7.steps; cfg 7.cfg;"
+    " checkpoint 1.ckpt_name; input_images[0]! 2.image 3.image",
+    "strings": "prompt 2.value; prompt_style 3.value; width 9.width; height 9.height;"
+    " batch_size! 9.batch_size; steps 7.value; cfg 8.value; checkpoint 1.ckpt_name",
+    "folder": "input_images_dir! 1.directory",
+    "folder_below_input": 'input_images_dir | replace("input/", "")! 1.directory',
+    "wan_video": "prompt 6.text; negative_prompt 7.text; width 63.width; height 63.height;"
+    " batch_size! 63.batch_size; steps 57.steps 58.steps; cfg 57.cfg; cfg_second 58.cfg;"
+    " diffusion_model 37.unet_name; diffusion_model_low_noise 56.unet_name;"
+    " input_images[0]! 62.image",
+    "remote_node": "prompt 2.prompt; input_images[0]! 1.image",
+    "hires": "prompt 4.text; negative_prompt 5.text; width 6.width; height 6.height;"
+    " batch_size! 6.batch_size; steps 7.steps; steps_second_pass 9.steps; cfg 7.cfg;"
+    " cfg_second_pass 9.cfg; checkpoint 1.ckpt_name",
+    "custom_loader": "prompt 1.positive; negative_prompt 1.negative; width 1.empty_latent_width;"
+    " height 1.empty_latent_height; batch_size! 1.batch_size; steps 2.steps; cfg 2.cfg;"
+    " checkpoint 1.ckpt_name",
+    "nothing_to_change": "",
+    "hostile": "prompt 6.text; negative_prompt 7.text; width 5.width; height 5.height;"
+    " batch_size! 5.batch_size; steps 57:3.steps; cfg 57:3.cfg; checkpoint {{ 4 }}.ckpt_name",
+    # Of the editor's own workflows those that take a turn of their own.
+    "image_omnigen2_image_edit": "prompt 6.text; negative_prompt 7.text; batch_size! 11.batch_size;"
+    " steps 23.steps; diffusion_model 12.unet_name; input_images[0]! 16.image",
+    "flux_redux_model_example": "prompt 6.text; width 27.width 30.width; height 27.height"
+    " 30.height; batch_size! 27.batch_size; steps 17.steps; guidance 26.guidance;"
+    " diffusion_model 12.unet_name; input_images[0]! 40.image; input_images[1]! 47.image",
+    "audio_ace_step_1_t2a_instrumentals": "prompt 14.tags; prompt_lyrics 14.lyrics;"
+    " batch_size! 17.batch_size; steps 52.steps; cfg 52.cfg; checkpoint 40.ckpt_name",
+    "utility-gan_upscaler": "",
+}
+
+
+def test_every_hand_written_export_is_looked_at() -> None:
+    assert {path.stem for path in EXPORTS if path.parent.name == "api"} <= FOUND.keys()
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_becomes_a_variable(name: str) -> None:
+    (path,) = (path for path in EXPORTS if path.stem == name)
+    parameters = find_parameters(json.loads(path.read_text("utf-8")))
+    told = [
+        f"{item.expression or item.name}{'!' if item.required else ''} "
+        + " ".join(f"{place.node_id}.{place.input_name}" for place in item.places)
+        for item in parameters
+    ]
+    assert "; ".join(told) == FOUND[name]
+
+
+def test_defaults_and_variables_go_where_they_belong() -> None:
+    graph = json.loads((TESTS / "exports/api/sd15.json").read_text("utf-8"))
+    template = WorkflowTemplate.from_graph(graph, auto=True)
+    assert template.defaults["negative_prompt"] == "text, watermark"
+    assert template.defaults["steps"] == 20
+    changed = template.render(batch_size=4, prompt='a "fox"\n{{ x }}', width=640)
+    assert changed["6"]["inputs"]["text"] == 'a "fox"\n{{ x }}'
+    assert changed["5"]["inputs"] == {"width": 640, "height": 768, "batch_size": 4}
+    assert changed["3"] == graph["3"]
+
+
+def test_input_images_go_in_by_their_order() -> None:
+    graph = json.loads((TESTS / "exports/api/controlnet_combine.json").read_text("utf-8"))
+    template = WorkflowTemplate.from_graph(graph, auto=True)
+    rendered = template.render(batch_size=1, input_images=["a.png", "b.png"])
+    assert [rendered[node]["inputs"]["image"] for node in ("8", "9")] == ["a.png", "b.png"]
+
+
+def test_an_input_folder_is_given_as_its_node_takes_it() -> None:
+    for name, wanted in (("folder", "input/0123"), ("folder_below_input", "0123")):
+        graph = json.loads((TESTS / f"exports/api/{name}.json").read_text("utf-8"))
+        template = WorkflowTemplate.from_graph(graph, auto=True)
+        rendered = template.render(input_images_dir="input/0123")
+        assert rendered["1"]["inputs"]["directory"] == wanted
+
+
+def test_the_template_is_readable() -> None:
+    graph = json.loads((TESTS / "exports/api/sd15.json").read_text("utf-8"))
+    lines = write_template(graph, find_parameters(graph)).splitlines()
+    assert lines[:2] == [
+        "{# Required: batch_size.",
+        "   Optional: prompt, negative_prompt, width, height, steps, cfg, checkpoint. #}",
+    ]
+    assert '      "model": ["4", 0],' in lines
+    assert '      "batch_size": {{ batch_size }}' in lines
+    assert '      "text": "{{ negative_prompt | default("text, watermark") }}",' in lines
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, {1}, {1: 2}, b"x"])
+def test_what_json_cannot_express_is_refused(value: Any) -> None:
+    graph = {"1": {"class_type": "A", "inputs": {"x": value}}}
+    with pytest.raises(GraphError, match="cannot be written as JSON"):
+        WorkflowTemplate.from_graph(graph, auto=True)
+
+
+def hostile_graph(texts: list[str], value: Any) -> Any:
+    title, positive, negative, model, key = texts
+    return {
+        f"9{key}": {
+            "class_type": f"KSampler{title}",
+            "inputs": {
+                "positive": ["6", 0],
+                "negative": ["7", 0],
+                "latent_image": ["5", 0],
+                "steps": 3,
+                f"x{key}": [value],
+            },
+            "_meta": {"title": title},
+        },
+        "6": {"class_type": "CLIPTextEncode", "inputs": {"text": positive}},
+        "7": {
+            "class_type": "CLIPTextEncode",
+            "inputs": {"text": negative},
+            "_meta": {"title": key},
+        },
+        "5": {
+            "class_type": "EmptyLatentImage",
+            "inputs": {"width": 8, "height": 8, "batch_size": 1},
+        },
+        "4": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": f"x{model}"}},
+        "8": {
+            "class_type": "LoadImage",
+            "inputs": {"image": f"y{model}"},
+            key: {"{%": value, key: title},
+        },
+    }
+
+
+@settings(derandomize=True, deadline=None, max_examples=150)
+@given(st.lists(TEXTS, min_size=5, max_size=5), VALUES)
+def test_any_text_survives_and_can_be_replaced(texts: list[str], value: Any) -> None:
+    graph = hostile_graph(texts, value)
+    template = assert_survives(graph)
+    required = required_variables(find_parameters(graph))
+    changed = template.render(**required, prompt=texts[0], checkpoint=texts[4])
+    assert changed["6"]["inputs"]["text"] == texts[0]
+    assert changed["4"]["inputs"]["ckpt_name"] == texts[4]
+    assert list(changed) == list(graph)
