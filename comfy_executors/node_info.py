@@ -88,7 +88,8 @@ def nearest_names(name: str, names: Iterable[str]) -> tuple[str, ...]:
     Folders and endings do not count: all model files end alike.
     """
     wanted = _stem(name)
-    likeness = {candidate: _likeness(wanted, _stem(candidate)) for candidate in names}
+    matcher = difflib.SequenceMatcher(b=wanted)
+    likeness = {candidate: _likeness(matcher, wanted, _stem(candidate)) for candidate in names}
     close = [candidate for candidate, like in likeness.items() if like >= _ALIKE]
     return tuple(sorted(close, key=lambda candidate: -likeness[candidate])[:_NEAREST])
 
@@ -97,8 +98,12 @@ def _stem(name: str) -> str:
     return os.path.splitext(re.split(r"[\\/]", name)[-1])[0].lower()
 
 
-def _likeness(wanted: str, candidate: str) -> float:
-    like = difflib.SequenceMatcher(None, wanted, candidate).ratio()
+def _likeness(matcher: difflib.SequenceMatcher[str], wanted: str, candidate: str) -> float:
+    matcher.set_seq1(candidate)
+    like = 0.0
+    # The two quick ones are never below the exact one, and a server can have thousands of names.
+    if matcher.real_quick_ratio() >= _ALIKE and matcher.quick_ratio() >= _ALIKE:
+        like = matcher.ratio()
     contained = len(wanted) > 2 and (wanted in candidate or candidate in wanted)
     return max(like, _ALIKE) if contained and candidate else like
 

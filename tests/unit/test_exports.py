@@ -80,7 +80,7 @@ class Editor:
         self, number: int, kind: str, inputs: str = "", outputs: str = "", **more: Any
     ) -> Editor:
         """Add a node; of its inputs, `name=TYPE`, those with a `*` in front are widgets."""
-        slots = []
+        slots: list[dict[str, Any]] = []
         for item in inputs.split():
             name, of = item.lstrip("*").split("=")
             slots.append({"name": name, "type": of, "link": None})
@@ -528,12 +528,11 @@ def test_from_graph_and_from_file(tmp_path: Path) -> None:
 def test_without_a_description_the_error_says_how_to_go_on(tmp_path: Path) -> None:
     export = tmp_path / "flow.json"
     export.write_text(json.dumps(small().graph), "utf-8")
-    for attempt in (
-        lambda: WorkflowTemplate.from_file(export),
-        lambda: WorkflowTemplate.from_graph(small().graph, auto=True),
-    ):
-        with pytest.raises(UIFormatError, match=r"Export \(API\).*template` with --server or"):
-            attempt()
+    hint = r"Export \(API\).*template` with --server or"
+    with pytest.raises(UIFormatError, match=hint):
+        WorkflowTemplate.from_file(export)
+    with pytest.raises(UIFormatError, match=hint):
+        WorkflowTemplate.from_graph(small().graph, auto=True)
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_template_properties import TEXTS, VALUES
 
 from comfy_executors import ComfyExecutorsError, GraphError, WorkflowTemplate
 from comfy_executors.parametrize import find_parameters, required_variables
 from comfy_executors.template_text import write_template
-from tests.unit.test_template_properties import TEXTS, VALUES
 
 TESTS = Path(__file__).parents[1]
 EXPORTS = sorted((TESTS / "exports").glob("*/*.json"))
