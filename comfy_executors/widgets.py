@@ -16,7 +16,14 @@ _CONTROL_VALUES = ("fixed", "increment", "decrement", "randomize")
 _SEEDS = ("seed", "noise_seed")
 # Widgets of the editor, which the server does not know.
 _EDITOR_WIDGETS = frozenset(
-    {"control_after_generate", "control_filter_list", "upload", "audioUI", "videopreview"}
+    {
+        *_CONTROL_VALUES,
+        "control_after_generate",
+        "control_filter_list",
+        "upload",
+        "audioUI",
+        "videopreview",
+    }
 )
 _UPLOADS = (
     "image_upload",
@@ -26,6 +33,7 @@ _UPLOADS = (
     "mesh_upload",
     "file_upload",
 )
+# What the buttons for uploads leave among the values.
 _UPLOAD_VALUES = ("image", "", None)
 _EMPTY = {"INT": 0, "FLOAT": 0, "STRING": "", "BOOLEAN": False}
 _NOTHING = object()
@@ -113,9 +121,7 @@ class _Reader:
     ) -> Iterator[tuple[str, Any]]:
         self._sockets_have_values = self._count_values({**required, **optional})
         yield from self._widgets(required)
-        if any(
-            input_options(config).get(name) for config in required.values() for name in _UPLOADS
-        ):
+        if any(map(_is_uploaded, required.values())):
             while self._in_order and self._in_order[0] in _UPLOAD_VALUES:
                 self._in_order.popleft()
         yield from self._widgets(optional)

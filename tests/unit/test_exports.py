@@ -170,20 +170,21 @@ def test_links_as_objects_and_a_widget_that_became_an_input() -> None:
 
 
 def test_values_by_name_are_taken_by_name() -> None:
-    named = {"steps": 9, "preview": "no", "seed": 3, "control_after_generate": "fixed"}
+    named = {"steps": 9, "preview": "no", "seed": 3, "fixed": "fixed"}
+    named["control_after_generate"] = "randomize"
     as_dictionary = Editor().add(1, "Sampler", SAMPLER, widgets_values=dict(named))
     both = Editor().add(
         1,
         "Sampler",
         SAMPLER,
         # The editor itself reads the list.
-        widgets_values=[9, "no", 4, "fixed"],
+        widgets_values=[9, "no", 4, "fixed", "randomize"],
         widgets_values_named=dict(named),
     )
     for editor, seed in ((as_dictionary, 3), (both, 4)):
         inputs = converted(editor)["1"]
         assert (inputs["steps"], inputs["seed"], inputs["preview"]) == (9, seed, "no")
-        assert "control_after_generate" not in inputs
+        assert not {"control_after_generate", "fixed"} & inputs.keys()
 
 
 def test_names_that_do_not_fit_the_values_are_not_believed() -> None:
