@@ -226,7 +226,11 @@ _ENVIRONMENT = _Environment()
 
 
 def outline(text: str) -> str:
-    """Return a template with `JINJA` for each character of Jinja, and its own text in its place."""
+    """Return a template with `JINJA` for each character of Jinja, and its own text in its place.
+
+    Line ends become newlines, as they do when it is rendered.
+    """
+    text = re.sub(r"\r\n?", "\n", text)
     parts = []
     end = 0
     for _, kind, token in _ENVIRONMENT.lex(text):

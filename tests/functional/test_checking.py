@@ -142,6 +142,28 @@ def test_a_missing_input_is_an_error_and_an_unknown_one_a_warning(
     assert refused(server, graph) == (True, findings([missing]))
 
 
+def test_an_input_that_may_have_been_renamed_is_told_on_both_sides(info: Any, graph: Any) -> None:
+    inputs = graph["3"]["inputs"]
+    inputs["sampler"], inputs["number_of_steps"] = inputs.pop("sampler_name"), inputs.pop("steps")
+    told = {problem.input_name: problem for problem in check_nodes(graph, info)}
+    assert told.keys() == {"sampler", "sampler_name", "number_of_steps", "steps"}
+    for old, new in (("sampler", "sampler_name"), ("number_of_steps", "steps")):
+        assert f"may have renamed it to {new}, which is missing" in told[old].reason
+        assert f"may be what {old} was called before" in told[new].reason
+        assert told[old].nearest == (new,)
+
+
+def test_one_unknown_and_one_missing_input_are_told_together(info: Any, graph: Any) -> None:
+    graph["5"]["inputs"]["x"] = graph["5"]["inputs"].pop("batch_size")
+    missing, unknown = check_nodes(graph, info)
+    assert missing.reason.endswith("it may be what x was called before, which is given")
+    assert "renamed it to batch_size" in unknown.reason
+    # With two of each there is nothing to go by.
+    graph["5"]["inputs"]["y"] = graph["5"]["inputs"].pop("width")
+    reasons = [problem.reason for problem in check_nodes(graph, info)]
+    assert not [reason for reason in reasons if "renamed" in reason or "before" in reason]
+
+
 def test_a_graph_that_saves_nothing(server: DevServer, info: Any, graph: Any) -> None:
     del graph["9"]
     (problem,) = check_nodes(graph, info)
