@@ -25,13 +25,14 @@ def locate(text: str, node_id: str, *keys: str) -> tuple[int, int] | None:
         Line and column, both from 1, of the value, or for a node of its id; None when the template
         writes it in a way that cannot be followed.
     """
+    shown = outline(text)
     likeness = [
         (_likeness(path[-len(keys) - 1], node_id), -offset)
-        for path, offset in _places(outline(text), only_keys=not keys)
+        for path, offset in _places(shown, only_keys=not keys)
         if len(path) > len(keys) and tuple(path[len(path) - len(keys) :]) == keys
     ]
     best = max((found for found in likeness if found[0] is not None), default=None)
-    return position(text, -best[1]) if best else None
+    return position(shown, -best[1]) if best else None
 
 
 def _places(text: str, only_keys: bool) -> Iterator[tuple[Sequence[str], int]]:
@@ -60,7 +61,7 @@ def _unquoted(key: str) -> str:
 
 def _likeness(key: str, node_id: str) -> int | None:
     """Return how many characters of a key are the author's own, if it can become a node's id."""
-    parts = re.split(f"{JINJA}+", key)
+    parts = re.split(rf"{JINJA}[{JINJA}\n]*", key)
     if re.fullmatch(".*".join(map(re.escape, parts)), node_id, re.DOTALL):
         return sum(map(len, parts))
     return None

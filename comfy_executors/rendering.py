@@ -228,7 +228,7 @@ _ENVIRONMENT = _Environment()
 def outline(text: str) -> str:
     """Return a template with `JINJA` for each character of Jinja, and its own text in its place.
 
-    Line ends become newlines, as they do when it is rendered.
+    Newlines stay everywhere; other line ends become some, as they do when it is rendered.
     """
     text = re.sub(r"\r\n?", "\n", text)
     parts = []
@@ -236,7 +236,8 @@ def outline(text: str) -> str:
     for _, kind, token in _ENVIRONMENT.lex(text):
         # Only white space can be left out between tokens.
         start = text.index(token, end)
-        parts += [text[end:start], token if kind == "data" else JINJA * len(token)]
+        own = token if kind == "data" else re.sub(r"[^\n]", JINJA, token)
+        parts += [text[end:start], own]
         end = start + len(token)
     return "".join(parts)
 
