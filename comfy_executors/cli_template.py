@@ -170,4 +170,4 @@ def _where(graph: Graph, node_id: str, input_name: str) -> str:
 
 def _short(value: Any) -> str:
     text = shown(value)
-    return text if len(text) <= _SHOWN_VALUE else f"{text[: _SHOWN_VALUE - 1]}…"
+    return text if len(text) <= _SHOWN_VALUE else f"{text[: _SHOWN_VALUE - 1].rstrip()}…"

@@ -27,12 +27,12 @@ def locate(text: str, node_id: str, *keys: str) -> tuple[int, int] | None:
     """
     shown = outline(text)
     likeness = [
-        (_likeness(path[-len(keys) - 1], node_id), -offset)
+        (_likeness(path[-len(keys) - 1], node_id), -len(path), -offset)
         for path, offset in _places(shown, only_keys=not keys)
         if len(path) > len(keys) and tuple(path[len(path) - len(keys) :]) == keys
     ]
     best = max((found for found in likeness if found[0] is not None), default=None)
-    return position(shown, -best[1]) if best else None
+    return position(shown, -best[2]) if best else None
 
 
 def _places(text: str, only_keys: bool) -> Iterator[tuple[Sequence[str], int]]:
