@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +16,8 @@ _MODELS = {"ckpt_name": "checkpoint", "unet_name": "diffusion_model"}
 _SIZES = ("width", "height")
 # Nodes that are told the size of the canvas though they do not make it.
 _TOLD_THE_SIZE = ("ModelSampling", "CLIPTextEncode", "TextEncode", "Flux2Scheduler")
+# How what a sampler works with comes to it, in inputs of its own.
+_WAYS_TO_SAMPLERS = ("model", "sigmas", "guider", "latent_image", "latent", "samples")
 _FOLDER_INPUTS = ("directory", "folder", "folder_path", "path")
 # These take a folder below the server's input folder, not a path.
 _BELOW_INPUT = frozenset(
@@ -60,6 +62,9 @@ def find_parameters(graph: Graph) -> list[Parameter]:
         graph: A workflow in ComfyUI's API format.
     """
     prompts, negatives = find_prompts(graph)
+    # What serves the prompts gets the plain names, not what prepares a control image.
+    whole = graph
+    graph = _with_first(graph, _serving(graph, [node_id for node_id, _ in prompts]))
     found = [
         *_named(graph, "prompt", (Place(*place) for place in prompts)),
         *_named(graph, "negative_prompt", (Place(*place) for place in negatives)),
@@ -73,7 +78,39 @@ def find_parameters(graph: Graph) -> list[Parameter]:
     for name, variable in _MODELS.items():
         places = (Place(node, name) for node in graph if _text(graph, node, name))
         found += _named(graph, variable, places)
-    return [*found, *_input_images(graph), *_input_folders(graph)]
+    return [*found, *_input_images(whole), *_input_folders(whole)]
+
+
+def _with_first(graph: Graph, first: set[str]) -> Graph:
+    return {
+        node_id: graph[node_id] for node_id in sorted(graph, key=lambda node: node not in first)
+    }
+
+
+def _serving(graph: Graph, prompts: list[str]) -> set[str]:
+    """Return the nodes that prompts lead to, and those that give these their models and sizes."""
+    users: dict[str, list[str]] = {}
+    for node_id, node in graph.items():
+        for value in filter(is_link, node["inputs"].values()):
+            users.setdefault(value[0], []).append(node_id)
+    led_to = _closure(prompts, lambda node_id: users.get(node_id, []))
+    return _closure(led_to, lambda node_id: _work_of(graph, node_id))
+
+
+def _work_of(graph: Graph, node_id: str) -> list[str]:
+    inputs = graph[node_id]["inputs"]
+    return [inputs[name][0] for name in _WAYS_TO_SAMPLERS if is_link(inputs.get(name))]
+
+
+def _closure(start: Iterable[str], following: Callable[[str], Iterable[str]]) -> set[str]:
+    seen: set[str] = set()
+    todo = list(start)
+    while todo:
+        node_id = todo.pop()
+        if node_id not in seen:
+            seen.add(node_id)
+            todo += following(node_id)
+    return seen
 
 
 def _required(parameter: Parameter) -> Parameter:

@@ -108,6 +108,11 @@ FOUND = {
     "audio_ace_step_1_t2a_instrumentals": "prompt 14.tags; prompt_lyrics 14.lyrics;"
     " batch_size! 17.batch_size; steps 52.steps; cfg 52.cfg; checkpoint 40.ckpt_name",
     "utility-gan_upscaler": "",
+    # The nodes 112:… make the control image, and come first in the file.
+    "image_qwen_image_instantx_controlnet": "prompt 111:6.text; negative_prompt 111:7.text;"
+    " steps 111:3.steps; steps_112_20 112:20.steps; cfg 111:3.cfg;"
+    " diffusion_model 111:37.unet_name; diffusion_model_112_10 112:10.unet_name;"
+    " input_images[0]! 71.image",
 }
 
 
