@@ -138,7 +138,12 @@ class TemplateError(ComfyExecutorsError, ValueError):
         super().__init__(message)
 
     def __str__(self) -> str:
-        place = ", ".join(
+        place = self._place()
+        text = f"{place}: {self.message}" if place else self.message
+        return f"{text}\n{self.excerpt}" if self.excerpt else text
+
+    def _place(self) -> str:
+        return ", ".join(
             part
             for part in (
                 self.source,
@@ -147,8 +152,6 @@ class TemplateError(ComfyExecutorsError, ValueError):
             )
             if part
         )
-        text = f"{place}: {self.message}" if place else self.message
-        return f"{text}\n{self.excerpt}" if self.excerpt else text
 
 
 class TemplateSyntaxError(TemplateError):
@@ -160,7 +163,20 @@ class TemplateRenderError(TemplateError):
 
 
 class TemplateJSONError(TemplateError):
-    """Raised when the rendered text is not JSON; line and column are those of the rendered text."""
+    """Raised when the rendered text is not JSON; line and column are those of the rendered text.
+
+    Where the template itself has the place, `template_line` and `template_column` name it.
+    """
+
+    template_line: int | None = None
+    template_column: int | None = None
+
+    def _place(self) -> str:
+        place = super()._place()
+        there = (self.template_line, self.template_column)
+        if self.template_line is None or there == (self.line, self.column):
+            return place
+        return f"{place} (in the template line {there[0]}, column {there[1]})"
 
 
 class TemplateVariablesError(TemplateError):

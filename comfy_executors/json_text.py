@@ -163,6 +163,12 @@ def position(text: str, index: int) -> tuple[int, int]:
     return text.count("\n", 0, index) + 1, index - text.rfind("\n", 0, index)
 
 
+def index_of(text: str, line: int, column: int) -> int:
+    """Return the index of the character that stands at a line and column, both from 1."""
+    before = text.split("\n")[: line - 1]
+    return sum(map(len, before)) + len(before) + column - 1
+
+
 def excerpt(text: str, line: int, column: int | None = None) -> str:
     """Return a line of a text with its neighbours and a marker.
 

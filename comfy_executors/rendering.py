@@ -11,6 +11,7 @@ its plain text, to the writer it is the author's text with values in it.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import json
 import re
@@ -50,9 +51,14 @@ class DanglingBackslashError(ValueError):
 
 
 class _Literal(str):
-    """Text that the template's author wrote, as opposed to a value."""
+    """Text that the template's author wrote, as opposed to a value; `offset` says where."""
 
-    __slots__ = ()
+    offset: int | None
+
+    def __new__(cls, text: str, offset: int | None = None) -> _Literal:
+        literal = super().__new__(cls, text)
+        literal.offset = offset
+        return literal
 
 
 class _Value(NamedTuple):
@@ -173,8 +179,14 @@ class _CommaJoiner(Joiner):
 class _CodeGenerator(NativeCodeGenerator):
     """Compiles the template's own text to `_Literal`s and leaves values as they are."""
 
+    def _output_child_to_const(self, node: nodes.Expr, frame: Any, finalize: Any) -> _Literal:
+        text = super()._output_child_to_const(node, frame, finalize)
+        return _Literal(text, getattr(node, "offset", None))
+
     def _output_const_repr(self, group: Iterable[Any]) -> str:
-        return f"environment.literal({''.join(group)!r})"
+        # There is one in each group: `_CommaLiterals` gives each a statement of its own.
+        (literal,) = group
+        return f"environment.literal({str(literal)!r}, {literal.offset})"
 
 
 class _CommaLiterals(NodeTransformer):
@@ -230,16 +242,49 @@ def outline(text: str) -> str:
 
     Newlines stay everywhere; other line ends become some, as they do when it is rendered.
     """
-    text = re.sub(r"\r\n?", "\n", text)
+    text = with_newlines(text)
     parts = []
     end = 0
-    for _, kind, token in _ENVIRONMENT.lex(text):
-        # Only white space can be left out between tokens.
-        start = text.index(token, end)
+    for start, kind, token in _tokens(text):
         own = token if kind == "data" else re.sub(r"[^\n]", JINJA, token)
         parts += [text[end:start], own]
         end = start + len(token)
     return "".join(parts)
+
+
+def with_newlines(text: str) -> str:
+    """Return a text with the line ends that Jinja makes of all kinds."""
+    return re.sub(r"\r\n?", "\n", text)
+
+
+def _tokens(text: str) -> Iterator[tuple[int, str, str]]:
+    end = 0
+    for _, kind, token in _ENVIRONMENT.lex(text):
+        # Only white space can be left out between tokens.
+        start = text.index(token, end)
+        yield start, kind, token
+        end = start + len(token)
+
+
+class Rendered(NamedTuple):
+    """What a template rendered to.
+
+    Args:
+        text: The text.
+        places: For each piece of the template's own text its start there, its start in the
+            template, and its length.
+    """
+
+    text: str
+    places: list[tuple[int, int, int]]
+
+    def origin(self, index: int) -> int | None:
+        """Return where in the template a character comes from; for a value, where Jinja begins."""
+        at = bisect.bisect_right(self.places, (index + 1,)) - 1
+        if at < 0:
+            return None
+        start, offset, length = self.places[at]
+        return offset + min(index - start, length)
 
 
 class Program:
@@ -263,6 +308,7 @@ class Program:
         self.variables = frozenset(meta.find_undeclared_variables(tree))
         self.required = self.variables - _guarded_names(tree)
         self.defaults = {name: value for name, value in _defaults(tree) if name in self.variables}
+        _note_offsets(tree, with_newlines(text))
         tree = _CommaLiterals().visit(tree)
         tree.set_environment(_ENVIRONMENT)
         code = _ENVIRONMENT.compile(tree, filename=_FILENAME)
@@ -270,7 +316,7 @@ class Program:
             _ENVIRONMENT, code, _ENVIRONMENT.make_globals(None)
         )
 
-    def render(self, variables: Mapping[str, Any]) -> str:
+    def render(self, variables: Mapping[str, Any]) -> Rendered:
         """Return the text, with every value written as JSON.
 
         Raises:
@@ -289,6 +335,15 @@ class Program:
                 line = self._template.get_corresponding_lineno(step.tb_lineno)
             step = step.tb_next
         return line
+
+
+def _note_offsets(tree: nodes.Template, text: str) -> None:
+    """Let each piece of the template's own text know where it stands."""
+    pieces = list(tree.find_all(nodes.TemplateData))
+    starts = [(start, token) for start, kind, token in _tokens(text) if kind == "data"]
+    if [piece.data for piece in pieces] == [token for _, token in starts]:
+        for piece, (start, _) in zip(pieces, starts):
+            vars(piece)["offset"] = start
 
 
 def _refuse_unsupported(tree: nodes.Template) -> None:
@@ -323,13 +378,15 @@ class _Writer:
 
     def __init__(self) -> None:
         self._written: list[str] = []
+        self._length = 0
+        self._places: list[tuple[int, int, int]] = []
         self._in_quotes = False
         self._after_backslash = False
 
-    def write(self, pieces: Iterable[Any]) -> str:
+    def write(self, pieces: Iterable[Any]) -> Rendered:
         for piece in pieces:
             self._write_part(_part(piece))
-        return "".join(self._written)
+        return Rendered("".join(self._written), self._places)
 
     def _write_part(self, part: _Part) -> None:
         if isinstance(part, _Literal):
@@ -337,15 +394,21 @@ class _Writer:
         elif self._after_backslash:
             raise DanglingBackslashError("".join(self._written))
         elif self._in_quotes:
-            self._written.append(_dumps(_meaning(part))[1:-1])
+            self._append(_dumps(_meaning(part))[1:-1])
         elif isinstance(part, _Value):
-            self._written.append(part.json)
+            self._append(part.json)
         else:
             for inner in part._parts:
                 self._write_part(inner)
 
-    def _write_literal(self, text: str) -> None:
+    def _append(self, text: str) -> None:
         self._written.append(text)
+        self._length += len(text)
+
+    def _write_literal(self, text: _Literal) -> None:
+        if text.offset is not None:
+            self._places.append((self._length, text.offset, len(text)))
+        self._append(text)
         start = 1 if text and self._after_backslash else 0
         if text:
             self._after_backslash = False

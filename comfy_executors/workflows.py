@@ -36,10 +36,10 @@ from comfy_executors.graphs import (
     plan_batches,
     set_seeds,
 )
-from comfy_executors.json_text import excerpt, parse_json, position
+from comfy_executors.json_text import excerpt, index_of, parse_json, position
 from comfy_executors.node_info import ObjectInfo, read_object_info
 from comfy_executors.parametrize import find_parameters
-from comfy_executors.rendering import DanglingBackslashError, Program
+from comfy_executors.rendering import DanglingBackslashError, Program, Rendered, with_newlines
 from comfy_executors.template_text import write_template
 
 __all__ = [
@@ -210,7 +210,7 @@ class WorkflowTemplate:
         self._check_names(variables)
         if self._graph is not None:
             return copy.deepcopy(self._graph)
-        graph = parse_json(self._rendered(variables), self.source)
+        graph = self._parsed(self._rendered(variables))
         check_graph(graph, source=self.source)
         checked: Graph = graph
         return checked
@@ -253,7 +253,18 @@ class WorkflowTemplate:
             "; ".join(parts), missing=missing, unknown=unknown, known=known, source=self.source
         )
 
-    def _rendered(self, variables: Mapping[str, Any]) -> str:
+    def _parsed(self, rendered: Rendered) -> Any:
+        try:
+            return parse_json(rendered.text, self.source)
+        except TemplateJSONError as error:
+            if error.line is not None and error.column is not None:
+                index = rendered.origin(index_of(rendered.text, error.line, error.column))
+                if index is not None:
+                    text = with_newlines(self.text)
+                    error.template_line, error.template_column = position(text, index)
+            raise
+
+    def _rendered(self, variables: Mapping[str, Any]) -> Rendered:
         try:
             return self._program.render(variables)
         except DanglingBackslashError as error:

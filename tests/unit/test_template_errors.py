@@ -191,6 +191,40 @@ def test_json_errors_name_the_place_in_the_rendered_text() -> None:
     assert caught.value.excerpt == '  4 | {"x": "a\\nb"\n> 5 |  ,\n       ^\n  6 | }'
 
 
+HEADING = "{# A comment\n   of two lines #}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "column"),
+    [
+        ('{"1": {"x": 1,}}', 3, 14),
+        ('{"1": {"x": {{ x }},}}', 3, 20),
+        ('{"1":\r\n {"x": {{ x }},\r\n}}', 4, 15),
+        ('{"1": {"x": {{ x }} oops}}', 3, 21),
+        ('{"1": {% for i in [1, 2] %}\n  {"x": {{ x }}},\n{% endfor %}{}}', 4, 3),
+        ('{"1": {%- if x %} {"x": {{ x }} } {%- endif %},}', 3, 47),
+        ('{"1": {% raw %}{{},{% endraw %}}', 3, 17),
+        ('{% macro m(a) %}"{{ a }}": {"y": {{ a }},}{% endmacro %}{ {{ m(x) }} }', 3, 41),
+        ('{% set s %}{"x": {{ x }},}{% endset %}{"1": {{ s }} }', 3, 25),
+        # What is wrong is a value: the end of the text before it.
+        ('{"1": {{ x }}, "2": {{ x }}{{ x }}}', 3, 21),
+    ],
+)
+def test_json_errors_name_the_place_in_the_template(text: str, line: int, column: int) -> None:
+    template = WorkflowTemplate(HEADING + text)
+    with pytest.raises(TemplateJSONError) as caught:
+        template.render(**dict.fromkeys(template.variables, "a\nb"))
+    error = caught.value
+    assert (error.template_line, error.template_column) == (line, column)
+    assert f"(in the template line {line}, column {column}): the rendered" in str(error)
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+def test_the_same_place_is_not_told_twice() -> None:
+    with pytest.raises(TemplateJSONError, match=r"^line 1, column 9: the rendered text"):
+        WorkflowTemplate('{"x": {},}').render()
+
+
 def test_a_long_line_is_cut_around_the_column() -> None:
     text = '{"a": "' + "x" * 5000 + '", "b": oops, "c": "' + "y" * 5000 + '"}'
     with pytest.raises(TemplateJSONError) as caught:
