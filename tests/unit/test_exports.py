@@ -288,6 +288,7 @@ def test_a_bypassed_node_is_bridged_and_a_muted_one_left_out() -> None:
     [
         ("a=CLIP b=MODEL", "MODEL", "model=MODEL", ["1", 1]),  # by its type, not its place
         ("a=CLIP b=MODEL", "MODEL", "model=*", ["1", 0]),  # anything: by its place
+        ("a=* b=MODEL", "X Y MODEL", "model=MODEL", ["1", 1]),  # rather the very type
         ("a=CLIP,MODEL", "MODEL,CLIP", "model=MODEL", ["1", 0]),
         ("a=CLIP", "MODEL", "model=MODEL", None),
         ("", "MODEL", "model=*", None),
@@ -304,7 +305,7 @@ def test_which_input_a_bypassed_node_passes_on(
     )
     for slot in range(len(inputs.split())):
         editor.link(1, slot, 2, slot)
-    editor.link(2, 0, 3, 0)
+    editor.link(2, len(outputs.split()) - 1, 3, 0)
     assert converted(editor)["3"].get("model") == expected
 
 
@@ -409,6 +410,23 @@ def test_a_subgraph_that_is_off_leaves_nothing(mode: int) -> None:
     assert converted(editor, loading()) == {"2": {"prefix": "x"}}
 
 
+def test_a_variable_of_the_editor_reaches_into_subgraphs() -> None:
+    inner = (
+        Editor(links_as_objects=True)
+        .add(1, "GetNode", "", "*", widgets_values=["it"])
+        .add(2, "Save", "images=*")
+        .link(1, 0, 2, 0)
+    )
+    editor = (
+        Editor()
+        .add(1, "Loader", outputs="MODEL CLIP")
+        .add(2, "SetNode", "MODEL=MODEL", widgets_values=["it"])
+        .add(3, "inner")
+        .link(1, 0, 2, 0)
+    )
+    assert converted(editor, inner.inside("inner", "", ""))["3:2"]["images"] == ["1", 0]
+
+
 def test_what_goes_in_can_come_straight_out_of_a_subgraph() -> None:
     through = Editor(links_as_objects=True).link(-10, 0, -20, 0).inside("through", "a=*", "b=*")
     editor = (
@@ -483,6 +501,9 @@ def test_links_in_a_circle() -> None:
 def test_a_subgraph_in_itself() -> None:
     inner = Editor(links_as_objects=True).add(2, "endless").inside("endless", "", "")
     assert str(refusal(Editor().add(1, "endless"), inner)) == "subgraph 'endless' contains itself"
+    one = Editor(links_as_objects=True).add(2, "two").inside("one", "", "")
+    two = Editor(links_as_objects=True).add(2, "one").inside("two", "", "")
+    assert "contains itself" in str(refusal(Editor().add(1, "one"), one, two))
 
 
 @pytest.mark.parametrize("node", [None, [], {"id": 1}, {"type": "A"}, {"id": 1, "type": 2}])

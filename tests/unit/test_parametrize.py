@@ -132,6 +132,15 @@ def test_what_becomes_a_variable(name: str) -> None:
     assert "; ".join(told) == FOUND[name]
 
 
+def test_a_text_that_is_zeroed_out_is_no_negative_prompt() -> None:
+    graph = json.loads((TESTS / "exports/api/controlnet_combine.json").read_text("utf-8"))
+    graph["6"] = {"class_type": "ConditioningZeroOut", "inputs": {"conditioning": ["2", 0]}}
+    found = {item.name: item.places[0].node_id for item in find_parameters(graph)}
+    assert found["prompt"] == "2"
+    assert found["prompt_person"] == "3"
+    assert "negative_prompt" not in found
+
+
 def test_defaults_and_variables_go_where_they_belong() -> None:
     graph = json.loads((TESTS / "exports/api/sd15.json").read_text("utf-8"))
     template = WorkflowTemplate.from_graph(graph, auto=True)
