@@ -91,7 +91,15 @@ def convert_export(workflow: Mapping[str, Any], object_info: Info) -> Graph:
         GraphError: A node's class is not described, or the file is damaged; the message names the
             node.
     """
-    return _Export(workflow, object_info).graph()
+    try:
+        return _Export(workflow, object_info).graph()
+    except GraphError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError) as error:
+        # Files edited by hand or by programs have anything in any place.
+        raise GraphError(
+            f"the workflow is damaged, or the description of the nodes: {error!r}"
+        ) from error
 
 
 class _Export:

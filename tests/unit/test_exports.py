@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -516,6 +517,34 @@ def test_a_damaged_node(node: Any) -> None:
 def test_a_damaged_link(link: Any) -> None:
     with pytest.raises(GraphError, match="is no link"):
         convert_export({"nodes": [], "links": [link]}, INFO)
+
+
+def paths_into(value: Any) -> Iterator[tuple[Any, ...]]:
+    inner = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, item in inner:
+        yield (key,)
+        if isinstance(item, (dict, list)):
+            yield from ((key, *rest) for rest in paths_into(item))
+
+
+def test_damage_in_any_place_is_survived_or_told() -> None:
+    workflow = {
+        **with_lora(4).add(9, "loading", INSTANCE, "MODEL COND", widgets_values=["b"]).graph,
+        "definitions": {"subgraphs": [loading()]},
+    }
+    told = 0
+    for path in paths_into(workflow):
+        for wrong in (None, 3, [None]):
+            damaged = deepcopy(workflow)
+            place: Any = damaged
+            for key in path[:-1]:
+                place = place[key]
+            place[path[-1]] = wrong
+            try:
+                convert_export(damaged, INFO)
+            except GraphError:
+                told += 1
+    assert told > 200
 
 
 # The ways in.
