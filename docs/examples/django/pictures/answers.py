@@ -1,0 +1,59 @@
+"""From the library's errors to HTTP answers."""
+
+import logging
+from functools import wraps
+
+from django.http import JsonResponse
+
+from comfy_executors import (
+    ComfyExecutorsError,
+    ExecutorClosedError,
+    GraphError,
+    InputImageError,
+    OutputFileError,
+    ServerNotReadyError,
+    ServerUnreachableError,
+    TemplateError,
+    WorkflowCancelledError,
+    WorkflowRejectedError,
+    WorkflowTimeoutError,
+)
+
+logger = logging.getLogger(__name__)
+
+# The first that fits counts. The sentence of a 400 is for the client: it names node, input, value
+# and reason. What a server or a node says is for the log: it may name addresses and paths.
+ANSWERS = [
+    ((TemplateError, GraphError, InputImageError, WorkflowRejectedError), 400, None),
+    (WorkflowTimeoutError, 504, "It took too long."),
+    (ServerUnreachableError, 503, "The image server does not answer."),
+    (ServerNotReadyError, 503, "The image server is still starting."),
+    ((WorkflowCancelledError, ExecutorClosedError), 503, "This server is being restarted."),
+    (OutputFileError, 500, "The images could not be saved."),
+    (ComfyExecutorsError, 502, "The image server failed."),
+]
+RETRY_AFTER = "10"  # seconds
+
+
+def describe(error):
+    """Return the status of an error and a sentence that a client may see; log the others."""
+    status, sentence = next((s, text) for kinds, s, text in ANSWERS if isinstance(error, kinds))
+    if sentence is None:
+        return status, str(error)
+    logger.error("%s: %s", type(error).__name__, error)
+    return status, sentence
+
+
+def answers_errors(view):
+    """Decorate a view so that the library's errors become JSON answers."""
+
+    @wraps(view)
+    def wrapped(request, *args, **kwargs):
+        try:
+            return view(request, *args, **kwargs)
+        except ComfyExecutorsError as error:
+            status, sentence = describe(error)
+            headers = {"Retry-After": RETRY_AFTER} if status == 503 else {}
+            return JsonResponse({"error": sentence}, status=status, headers=headers)
+
+    return wrapped

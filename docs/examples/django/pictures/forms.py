@@ -1,0 +1,15 @@
+from django import forms
+
+
+class PictureForm(forms.Form):
+    """What a client may say; everything else of the workflow is ours."""
+
+    prompt = forms.CharField(max_length=2000, widget=forms.Textarea(attrs={"rows": 2}))
+    steps = forms.IntegerField(min_value=1, max_value=50, initial=20)
+    seed = forms.IntegerField(min_value=0, max_value=2**32 - 1, required=False)
+
+
+class PicturesForm(PictureForm):
+    """The same for several pictures."""
+
+    num_samples = forms.IntegerField(min_value=1, max_value=16, initial=6, label="Pictures")
