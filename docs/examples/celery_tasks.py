@@ -1,0 +1,48 @@
+"""Celery tasks: `celery -A celery_tasks worker --concurrency 4`.
+
+The executor is made in the parent and used in the children that Celery forks: each gets threads
+and connections of its own when its first task runs.
+"""
+
+import os
+from pathlib import Path
+
+from celery import Celery
+from celery.signals import worker_process_shutdown
+
+from comfy_executors import (
+    ComfyServerWorkflowExecutor,
+    ServerError,
+    WorkflowTemplate,
+)
+
+app = Celery("celery_tasks")
+app.config_from_object(os.environ.get("CELERY_SETTINGS", "celery_settings"))
+
+executor = ComfyServerWorkflowExecutor(os.environ.get("COMFYUI_URL", "localhost:8188"))
+template = WorkflowTemplate.from_file(Path(__file__).with_name("workflow.json.jinja"))
+
+
+@app.task(bind=True, autoretry_for=(ServerError,), max_retries=3, retry_backoff=True)
+def make_images(self, prompt, num_samples, folder):
+    """Make images, save them below a folder, and return their paths and seeds.
+
+    A ServerError (nobody answers) is tried again later; what a node or the template got wrong is
+    not, because it would fail again.
+    """
+    run = executor.submit_workflow(
+        template,
+        num_samples=num_samples,
+        prompt=prompt,
+        timeout=600,
+        output_dir=os.path.join(folder, self.request.id),
+    )
+    try:
+        return [{"path": str(image.path), "seed": image.seed} for image in run]
+    finally:
+        run.cancel()  # at a soft time limit; without effect on a run that is done
+
+
+@worker_process_shutdown.connect
+def close_executor(**_):
+    executor.close(cancel=True)
