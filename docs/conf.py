@@ -10,14 +10,19 @@ project = "comfy-executors"
 version = release = comfy_executors.__version__
 copyright = "the authors of comfy-executors"
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+# What is in there is shown by the pages, and run by the tests.
+exclude_patterns = ["examples"]
+# The notebook is run by the tests, too; its page shows what is stored in it.
+nb_execution_mode = "off"
 myst_heading_anchors = 3
 # Docstrings write code in single backticks, as Markdown does.
 default_role = "literal"
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
-html_theme = "alabaster"
+html_theme = "furo"
+html_title = f"comfy-executors {version}"
 
 
 def keep_whole_sentence(_app: Any, what: str, *args: Any) -> None:

@@ -31,12 +31,17 @@ from comfy_executors.devserver import DevServer
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DIRECTIVES = {"{toctree}", "{eval-rst}", "{literalinclude}", "{include}"}
 SHOWN_ADDRESS = "localhost:8188"
 SECONDS = 60
 NOT_RUN = {
     ("benchmarks.md", "python -m tests.benchmarks --short"),
     ("executors.md", "import signal\n\n"
      "signal.signal(signal.SIGTERM, signal.default_int_handler)"),
+    ("django.md", "comfy-executors devserver --port 8188 --step-seconds 0.1"),
+    ("django.md", "cd docs/examples/django\npython manage.py migrate\n"
+     "gunicorn studio.wsgi  # or: python manage.py runserver"),
+    ("django.md", "cd docs/examples/django\npython -m pytest"),
     ("README.md", "python3 -m venv .venv && .venv/bin/pip install -e '.[demo]' "
      "&& .venv/bin/comfy-executors demo"),
     ("README.md", "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' "
@@ -55,6 +60,8 @@ NOT_RUN = {
     ("runpod.md", 'with RunPodWorkflowExecutor("abc123def456") as executor:\n'
      '    for image in executor.attach("the-id-u1", num_batches=4):\n'
      '        image.save("out/")'),
+    ("tutorial.md", "mkdir foxes && cd foxes\npython3 -m venv .venv && . .venv/bin/activate\n"
+     "pip install '../comfy-executors[demo]'"),
 }  # fmt: skip
 
 _FENCE = re.compile(r"^ *```+ *(?P<language>\{?[\w-]*\}?)")
@@ -209,11 +216,12 @@ def test_only_known_blocks_are_not_run() -> None:
 
 
 def test_no_code_hides_from_the_tests() -> None:
-    # Indented code and other languages would be shown as code and never run.
+    # Indented code and other languages would be shown as code and never run. What is included is
+    # run by test_recipes.py and by the Django example's own tests.
     for page in PAGES:
         blocks = blocks_of(page.read_text("utf-8"))
         languages = {block.language for block in blocks}
-        assert languages <= {"python", "sh", "text", "jinja", "{toctree}", "{eval-rst}"}
+        assert languages <= {"python", "sh", "text", "jinja"} | DIRECTIVES
         assert not re.search(r"^\n(?: {4}|\t)\S", prose_of(page.read_text("utf-8")), re.MULTILINE)
 
 

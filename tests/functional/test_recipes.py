@@ -165,7 +165,8 @@ SEND = """
 import json, sys
 from celery_tasks import make_images
 
-sent = [make_images.delay(prompt, number, sys.argv[1]) for prompt, number in json.loads(sys.argv[2])]
+tasks = json.loads(sys.argv[2])
+sent = [make_images.delay(prompt, number, sys.argv[1]) for prompt, number in tasks]
 results = [result.get(timeout=50, propagate=False) for result in sent]
 print(json.dumps([r if isinstance(r, list) else type(r).__name__ for r in results]))
 """
@@ -277,6 +278,8 @@ def seen(cell: Any) -> list[tuple[str, str]]:
         if output.output_type == "stream":
             kinds.append((output.name, output.text))
             continue
-        for kind in sorted(output.data):
-            kinds.append((kind, "" if kind.startswith("image/") else output.data[kind]))
+        data = {
+            kind: "" if kind.startswith("image/") else output.data[kind] for kind in output.data
+        }
+        kinds.extend(sorted(data.items()))
     return kinds
