@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from threading import Thread
 from types import ModuleType
@@ -253,8 +254,7 @@ def test_an_asyncio_program_makes_and_cancels(tmp_path: Path, server: DevServer)
 def test_the_notebook_shows_what_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Before the import, which warns where this is not decided.
     monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
-    import nbformat
-    from nbclient import NotebookClient
+    nbformat, nbclient = import_module("nbformat"), import_module("nbclient")
 
     shown = nbformat.read(EXAMPLES.parent / "notebook.ipynb", as_version=4)
     fresh = nbformat.read(EXAMPLES.parent / "notebook.ipynb", as_version=4)
@@ -265,7 +265,7 @@ def test_the_notebook_shows_what_it_shows(tmp_path: Path, monkeypatch: pytest.Mo
     with DevServer() as server:
         monkeypatch.setenv("COMFYUI_URL", server.address)
         monkeypatch.chdir(tmp_path)
-        NotebookClient(fresh, timeout=SECONDS, kernel_name="python3").execute()
+        nbclient.NotebookClient(fresh, timeout=SECONDS, kernel_name="python3").execute()
         assert set(statuses(server)) == {"success"}
     assert [seen(cell) for cell in fresh.cells] == [seen(cell) for cell in shown.cells]
 

@@ -3,11 +3,12 @@
 import shutil
 
 import pytest
-from comfy_executors.devserver import DevServer
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 from served import gunicorn
+
+from comfy_executors.devserver import DevServer
 
 HOSTILE = "</script><img src=x onerror=\"document.title='broken'\">{{ 7 * 7 }}"
 
@@ -40,6 +41,10 @@ def fill(browser, prompt, number):
 
 def pictures(browser):
     return browser.find_elements(By.CSS_SELECTOR, "#pictures img")
+
+
+def statuses(server):
+    return [prompt.status for prompt in server.prompts]
 
 
 def wait(browser, condition):
