@@ -3,6 +3,7 @@
 import logging
 from functools import wraps
 
+from django.core.exceptions import ValidationError
 from django.http import JsonResponse
 
 from comfy_executors import (
@@ -45,12 +46,14 @@ def describe(error):
 
 
 def answers_errors(view):
-    """Decorate a view so that the library's errors become JSON answers."""
+    """Decorate a view so that bad forms and the library's errors become JSON answers."""
 
     @wraps(view)
     def wrapped(request, *args, **kwargs):
         try:
             return view(request, *args, **kwargs)
+        except ValidationError as error:
+            return JsonResponse({"errors": error.message_dict}, status=400)
         except ComfyExecutorsError as error:
             status, sentence = describe(error)
             headers = {"Retry-After": RETRY_AFTER} if status == 503 else {}

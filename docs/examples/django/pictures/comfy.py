@@ -8,7 +8,11 @@ from django.conf import settings
 from django.core.signals import setting_changed
 from django.dispatch import receiver
 
-from comfy_executors import ComfyServerWorkflowExecutor, WorkflowTemplate
+from comfy_executors import (
+    ComfyServerWorkflowExecutor,
+    WorkflowCancelledError,
+    WorkflowTemplate,
+)
 
 LOOK_AROUND = 0.5  # seconds between two looks at whether anybody still waits
 
@@ -49,6 +53,8 @@ def follow(run):
         if not done:
             yield None
         for future in done:
+            if future.cancelled():  # before it had begun
+                raise WorkflowCancelledError("the run was cancelled")
             yield future.result()
 
 

@@ -13,3 +13,14 @@ class PicturesForm(PictureForm):
     """The same for several pictures."""
 
     num_samples = forms.IntegerField(min_value=1, max_value=16, initial=6, label="Pictures")
+
+
+def cleaned(form):
+    """Return what is in a form.
+
+    Raises:
+        ValidationError: Something in it is wrong; each field has its messages.
+    """
+    if not form.is_valid():
+        raise forms.ValidationError(form.errors.as_data())
+    return form.cleaned_data

@@ -11,7 +11,7 @@ from django.views.decorators.http import require_GET, require_http_methods, requ
 from comfy_executors import ComfyExecutorsError, OutputMissingError
 from pictures import clients, comfy, jobs
 from pictures.answers import answers_errors, describe
-from pictures.forms import PictureForm, PicturesForm
+from pictures.forms import PictureForm, PicturesForm, cleaned
 from pictures.models import Job, Picture
 
 
@@ -25,10 +25,7 @@ def index(request):
 @answers_errors
 def image(request):
     """Answer with one image. When the client goes away, it is not made."""
-    form = PictureForm(request.POST)
-    if not form.is_valid():
-        return JsonResponse({"errors": form.errors}, status=400)
-    run = comfy.submit(**form.cleaned_data)
+    run = comfy.submit(**cleaned(PictureForm(request.POST)))
     try:
         for result in comfy.follow(run):
             if result is None and clients.is_gone(request):
@@ -38,19 +35,21 @@ def image(request):
     if not result.images:
         raise OutputMissingError("the workflow made no image")
     picture = result.images[0]
-    response = HttpResponse(picture.data, content_type=mimetypes.guess_type(picture.name)[0])
+    response = HttpResponse(picture.data, content_type=type_of(picture))
     response["X-Seed"] = picture.seed
     return response
+
+
+def type_of(picture):
+    """Return an image's MIME type; never Django's default, which is HTML."""
+    return mimetypes.guess_type(picture.name)[0] or "application/octet-stream"
 
 
 @require_POST
 @answers_errors
 def stream(request):
     """Answer with one line of JSON for each image, as soon as it is there."""
-    form = PicturesForm(request.POST)
-    if not form.is_valid():
-        return JsonResponse({"errors": form.errors}, status=400)
-    images = ImageStream(**form.cleaned_data)
+    images = ImageStream(**cleaned(PicturesForm(request.POST)))
     response = StreamingHttpResponse(images, content_type="application/x-ndjson")
     response["X-Accel-Buffering"] = "no"  # nginx passes each line on at once
     response["Cache-Control"] = "no-store"
@@ -97,7 +96,7 @@ def _line(kind, **facts):
 
 def _as_json(picture):
     return {
-        "type": mimetypes.guess_type(picture.name)[0],
+        "type": type_of(picture),
         "seed": picture.seed,
         "data": base64.b64encode(picture.data).decode(),
     }
@@ -107,10 +106,8 @@ def _as_json(picture):
 @answers_errors
 def start_job(request):
     """Answer 202 at once, with the address where the state of the job stands."""
-    form = PicturesForm(request.POST)
-    if not form.is_valid():
-        return JsonResponse({"errors": form.errors}, status=400)
-    status_url = reverse("job", args=[jobs.start(**form.cleaned_data).id])
+    job_id = jobs.start(**cleaned(PicturesForm(request.POST))).id
+    status_url = reverse("job", args=[job_id])
     return JsonResponse(
         {"status_url": status_url}, status=202, headers={"Location": status_url, "Retry-After": "1"}
     )

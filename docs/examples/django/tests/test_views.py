@@ -10,6 +10,7 @@ from pictures import comfy
 from pictures.models import Job
 
 HOSTILE = 'a "fox"\n</script><b>{{ 7 * 7 }}</b> \\ {% raw %}", "steps": 1, "'
+WAITING = ["pending"] * 3
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -35,7 +36,7 @@ def test_one_image_and_its_seed(client, comfyui):
     assert response["Content-Type"] == "image/png"
     assert response["X-Seed"] == "7"
     assert response.content.startswith(PNG)
-    assert [prompt.status for prompt in comfyui.prompts] == ["success"]
+    comfyui.wait_for(lambda server: [p.status for p in server.prompts] == ["success"])
 
 
 def test_text_stays_text_on_its_way_to_comfyui(client, comfyui):
@@ -82,13 +83,16 @@ def test_a_job_is_answered_at_once_and_tells_its_state(client, comfyui):
 def test_a_job_can_be_cancelled(client, comfy_dev_server_factory, settings, tmp_path):
     server = comfy_dev_server_factory(step_seconds=1.0)
     settings.COMFY_SERVER, settings.MEDIA_ROOT = server.address, tmp_path
-    url = client.post("/jobs", {"prompt": "a fox", "steps": 50, "num_samples": 2})["Location"]
-    server.wait_for(lambda server: [p.status for p in server.prompts] == ["running", "pending"])
+    url = client.post("/jobs", {"prompt": "a fox", "steps": 50, "num_samples": 16})["Location"]
+    # Four are at the server; the others have not been handed out.
+    server.wait_for(lambda server: [p.status for p in server.prompts] == ["running", *WAITING])
     assert client.get(url).json()["state"] == "running"
     client.delete(url)
     wait_for_jobs()
     assert client.get(url).json()["state"] == "cancelled"
-    server.wait_for(lambda server: [p.status for p in server.prompts] == ["interrupted", "deleted"])
+    server.wait_for(
+        lambda server: sorted(p.status for p in server.prompts) == ["deleted"] * 3 + ["interrupted"]
+    )
 
 
 @pytest.mark.django_db(transaction=True)
