@@ -12,7 +12,7 @@ from celery.signals import worker_process_shutdown
 
 from comfy_executors import (
     ComfyServerWorkflowExecutor,
-    ServerError,
+    ServerUnreachableError,
     WorkflowTemplate,
 )
 
@@ -23,12 +23,12 @@ executor = ComfyServerWorkflowExecutor(os.environ.get("COMFYUI_URL", "localhost:
 template = WorkflowTemplate.from_file(Path(__file__).with_name("workflow.json.jinja"))
 
 
-@app.task(bind=True, autoretry_for=(ServerError,), max_retries=3, retry_backoff=True)
+@app.task(bind=True, autoretry_for=(ServerUnreachableError,), max_retries=3, retry_backoff=True)
 def make_images(self, prompt, num_samples, folder):
     """Make images, save them below a folder, and return their paths and seeds.
 
-    A ServerError (nobody answers) is tried again later; what a node or the template got wrong is
-    not, because it would fail again.
+    When nobody answers it is tried again later. What a node or the template got wrong is not: it
+    would fail again.
     """
     run = executor.submit_workflow(
         template,

@@ -125,8 +125,15 @@ def test_flask_cancels_a_stream_whose_client_leaves() -> None:
 # Celery.
 
 
+def environment_of(folder: Path) -> dict[str, str]:
+    path = os.pathsep.join([str(folder), str(EXAMPLES)])
+    return {**os.environ, "CELERY_SETTINGS": "settings_of_test", "PYTHONPATH": path}
+
+
 @contextmanager
-def celery_worker(folder: Path, server: DevServer) -> Iterator[Any]:
+def celery_worker(
+    folder: Path, server: DevServer, soft_time_limit: int = 3
+) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
     """Run a real worker with two forked children, its broker and results in files."""
     for name in ("queue", "processed", "control", "results"):
         (folder / name).mkdir()
@@ -139,16 +146,10 @@ broker_transport_options = {{
 }}
 result_backend = "file://{folder / "results"}"
 worker_prefetch_multiplier = 1
-task_soft_time_limit = 3
+task_soft_time_limit = {soft_time_limit}
 """
     (folder / "settings_of_test.py").write_text(settings, "utf-8")
-    path = os.pathsep.join([str(folder), str(EXAMPLES)])
-    environment = {
-        **os.environ,
-        "COMFYUI_URL": server.address,
-        "CELERY_SETTINGS": "settings_of_test",
-        "PYTHONPATH": path,
-    }
+    environment = {**environment_of(folder), "COMFYUI_URL": server.address}
     command = ["-m", "celery", "-A", "celery_tasks", "worker", "--concurrency=2", "--loglevel=INFO"]
     log = folder / "worker.log"
     with log.open("wb") as file:
@@ -178,11 +179,7 @@ def send(folder: Path, *tasks: tuple[str, int]) -> list[Any]:
     done = subprocess.run(
         [sys.executable, "-c", SEND, str(folder / "images"), json.dumps(tasks)],
         cwd=folder,
-        env={
-            **os.environ,
-            "CELERY_SETTINGS": "settings_of_test",
-            "PYTHONPATH": os.pathsep.join([str(folder), str(EXAMPLES)]),
-        },
+        env=environment_of(folder),
         capture_output=True,
         text=True,
         timeout=SECONDS,
@@ -195,10 +192,14 @@ def send(folder: Path, *tasks: tuple[str, int]) -> list[Any]:
 
 @pytest.mark.slow
 def test_celery_makes_images_in_forked_children(tmp_path: Path, server: DevServer) -> None:
+    # Three calls in vain make a batch give up on a server that never answered. The first two tasks
+    # have five batches: with eleven such calls at least one gives up, and no task more than thrice.
+    server.faults.reset_before("GET", "/prompt", times=11)
     with celery_worker(tmp_path, server) as (worker, log):
         results = send(tmp_path, (HOSTILE, 2), ("an owl", 3), ("a cat", 1), ("a boat", 2))
         worker.send_signal(signal.SIGTERM)  # a warm shutdown
         assert worker.wait(SECONDS) == 0, log.read_text("utf-8")
+    assert "Retry in" in log.read_text("utf-8")
     assert [len(images) for images in results] == [2, 3, 1, 2]
     paths = [image["path"] for images in results for image in images]
     assert len(set(paths)) == 8
@@ -206,6 +207,28 @@ def test_celery_makes_images_in_forked_children(tmp_path: Path, server: DevServe
     texts = [prompt.graph["6"]["inputs"]["text"] for prompt in server.prompts]
     assert sorted(texts) == sorted([HOSTILE] * 2 + ["an owl"] * 3 + ["a cat"] + ["a boat"] * 2)
     server.wait_for(lambda server: statuses(server) == ["success"] * 8)
+
+
+REVOKE = """
+import sys
+from celery_tasks import make_images
+
+task = make_images.delay("a fox", 2, sys.argv[1])
+sys.stdin.readline()
+task.revoke(terminate=True, signal="SIGUSR1")
+"""
+
+
+@pytest.mark.slow
+def test_celery_cancels_a_task_that_is_revoked(tmp_path: Path, slow_server: DevServer) -> None:
+    with celery_worker(tmp_path, slow_server, soft_time_limit=300):
+        command = [sys.executable, "-c", REVOKE, str(tmp_path / "images")]
+        sender = subprocess.Popen(
+            command, cwd=tmp_path, env=environment_of(tmp_path), stdin=subprocess.PIPE
+        )
+        slow_server.wait_for(lambda server: statuses(server) == ["running", "pending"], SECONDS)
+        sender.communicate(b"\n", timeout=SECONDS)
+        slow_server.wait_for(lambda server: statuses(server) == ["interrupted", "deleted"], SECONDS)
 
 
 @pytest.mark.slow
