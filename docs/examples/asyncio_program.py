@@ -21,11 +21,8 @@ async def save_all(executor, prompt, number):
 
 async def first_of(executor, prompt, number):
     """Wait for one batch of a run, and cancel the others."""
-    run = executor.submit_workflow(TEMPLATE, num_samples=number, prompt=prompt)
-    try:
+    with executor.submit_workflow(TEMPLATE, num_samples=number, prompt=prompt) as run:
         return await asyncio.wrap_future(run.futures[0])
-    finally:
-        run.cancel()
 
 
 async def main(address):

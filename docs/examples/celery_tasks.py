@@ -30,17 +30,15 @@ def make_images(self, prompt, num_samples, folder):
     When nobody answers it is tried again later. What a node or the template got wrong is not: it
     would fail again.
     """
-    run = executor.submit_workflow(
+    # Leaving the block cancels what is not done, as at a soft time limit.
+    with executor.submit_workflow(
         template,
         num_samples=num_samples,
         prompt=prompt,
         timeout=600,
         output_dir=os.path.join(folder, self.request.id),
-    )
-    try:
+    ) as run:
         return [{"path": str(image.path), "seed": image.seed} for image in run]
-    finally:
-        run.cancel()  # at a soft time limit; without effect on a run that is done
 
 
 @worker_process_shutdown.connect

@@ -26,7 +26,7 @@ def run_its_tests(*arguments: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_the_example_passes_its_own_tests() -> None:
     told = run_its_tests("-m", "not slow")
     assert "test_stopping_cancels_jobs_and_leaves_no_thread" in told
@@ -34,7 +34,7 @@ def test_the_example_passes_its_own_tests() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_the_example_answers_two_hundred_clients() -> None:
     assert "200 clients in" in run_its_tests("-m", "slow")
 

@@ -47,13 +47,14 @@ def _record(job_id, run):
     job = Job.objects.filter(pk=job_id)
     state, error = Job.State.FAILED, "Something went wrong here."
     try:
-        for result in comfy.follow(run):
-            for image in result.images if result is not None else ():
-                file = image.path.relative_to(settings.MEDIA_ROOT)
-                Picture.objects.create(job_id=job_id, file=file, seed=image.seed)
-            # One statement says that we live, and asks whether we shall.
-            if not job.filter(cancel_requested=False).update(heartbeat=now()):
-                run.cancel()
+        with run:
+            for result in comfy.follow(run):
+                for image in result.images if result is not None else ():
+                    file = image.path.relative_to(settings.MEDIA_ROOT)
+                    Picture.objects.create(job_id=job_id, file=file, seed=image.seed)
+                # One statement says that we live, and asks whether we shall.
+                if not job.filter(cancel_requested=False).update(heartbeat=now()):
+                    run.cancel()
         state, error = Job.State.DONE, ""
     except WorkflowCancelledError:
         state, error = Job.State.CANCELLED, "It was cancelled, or the server was restarted."
@@ -61,9 +62,7 @@ def _record(job_id, run):
         error = describe(failure)[1]
     except Exception:
         logger.exception("job %s", job_id)
+    try:
+        job.update(state=state, error=error)
     finally:
-        run.cancel()  # without effect on one that is done
-        try:
-            job.update(state=state, error=error)
-        finally:
-            connections.close_all()
+        connections.close_all()

@@ -25,13 +25,11 @@ def index(request):
 @answers_errors
 def image(request):
     """Answer with one image. When the client goes away, it is not made."""
-    run = comfy.submit(**cleaned(PictureForm(request.POST)))
-    try:
+    # Leaving the block cancels what is not done.
+    with comfy.submit(**cleaned(PictureForm(request.POST))) as run:
         for result in comfy.follow(run):
             if result is None and clients.is_gone(request):
                 return HttpResponse(status=499)  # nobody reads it; nginx's number for it
-    finally:
-        run.cancel()  # without effect on one that is done
     if not result.images:
         raise OutputMissingError("the workflow made no image")
     picture = result.images[0]

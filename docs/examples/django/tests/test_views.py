@@ -11,6 +11,7 @@ from pictures.models import Job
 
 HOSTILE = 'a "fox"\n</script><b>{{ 7 * 7 }}</b> \\ {% raw %}", "steps": 1, "'
 WAITING = ["pending"] * 3
+STOPPED = {"interrupted", "deleted"}
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -62,7 +63,7 @@ def test_a_stream_that_nobody_began_to_read_is_cancelled_when_it_is_closed(
     response = client.post("/stream", {"prompt": "a fox", "steps": 50, "num_samples": 2})
     server.wait_for(lambda server: [p.status for p in server.prompts] == ["running", "pending"])
     response.close()
-    server.wait_for(lambda server: [p.status for p in server.prompts] == ["interrupted", "deleted"])
+    server.wait_for(lambda server: {p.status for p in server.prompts} <= STOPPED)
 
 
 @pytest.mark.django_db(transaction=True)
@@ -90,9 +91,8 @@ def test_a_job_can_be_cancelled(client, comfy_dev_server_factory, settings, tmp_
     client.delete(url)
     wait_for_jobs()
     assert client.get(url).json()["state"] == "cancelled"
-    server.wait_for(
-        lambda server: sorted(p.status for p in server.prompts) == ["deleted"] * 3 + ["interrupted"]
-    )
+    server.wait_for(lambda server: {p.status for p in server.prompts} <= STOPPED)
+    assert len(server.prompts) == 4
 
 
 @pytest.mark.django_db(transaction=True)
