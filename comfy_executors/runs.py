@@ -117,14 +117,16 @@ class ProgressEvent:
     Args:
         kind: `queued` (handed to the server), `started` (the server began), `node` (a node
             began), `step` (a node's progress), `waiting` (a serverless queue does not move),
-            `retry`, `done` or `failed` (of the batch).
+            `retry`, `done`, `failed` or `cancelled` (of the batch).
         batch: The batch's index, from 0.
         node: The node's id, for `node` and `step`.
         title: The node's title, or its class where it has no title.
         step: The step reached, for `step`; the images made, for `done`.
-        max: The number of steps, for `step`; the batch's size, for `done`.
-        message: A sentence, for `retry`, `waiting` and `failed`.
+        max: The number of steps, for `step`; the batch's size, for `done`, `failed` and
+            `cancelled`.
+        message: A sentence, for `retry`, `waiting`, `failed` and `cancelled`.
         job_id: The job of a serverless backend, from `queued` on.
+        row: The row's index, from 0, in a sweep; see `BaseWorkflowExecutor.map_workflows`.
     """
 
     kind: str
@@ -135,6 +137,7 @@ class ProgressEvent:
     max: int | None = None
     message: str | None = None
     job_id: str | None = None
+    row: int | None = None
 
 
 ProgressCallback = Callable[[ProgressEvent], object]

@@ -43,6 +43,7 @@ from comfy_executors.errors import (
     ExecutorClosedError,
     OutputFileError,
     PromptLostError,
+    WorkflowCancelledError,
     WorkflowError,
 )
 from comfy_executors.executors.control import JobControl
@@ -619,7 +620,9 @@ class BaseWorkflowExecutor(abc.ABC):
 
 
 def _fail(run: WorkflowRun, control: JobControl, index: int, error: BaseException) -> None:
-    control.progress(ProgressEvent("failed", index, message=str(error)))
+    kind = "cancelled" if isinstance(error, WorkflowCancelledError) else "failed"
+    size = run.batches[index].size
+    control.progress(ProgressEvent(kind, index, max=size, message=str(error)))
     run._fail_batch(index, error)
 
 
