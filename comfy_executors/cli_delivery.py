@@ -174,7 +174,6 @@ class Delivery:
         self._fell_short |= _falls_short(result, self._sizes[result.index])
         self._tell_files("image", result.images)
         self._tell_files("output", result.outputs)
-        self._display.delivered(len(result.images))
 
     def _tell_files(self, kind: str, files: Sequence[WorkflowOutput]) -> None:
         if files:

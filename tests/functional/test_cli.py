@@ -2,97 +2,22 @@
 
 from __future__ import annotations
 
-import fcntl
-import io
 import json
-import os
-import pty
-import select
 import signal
 import ssl
-import struct
-import subprocess
-import sys
-import termios
-import time
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
 
 import certifi
 import pytest
 import trustme
+from cli_kit import BENCH, HOSTILE, PATIENCE, Cli, events
 
 import comfy_executors
-from comfy_executors.cli import main
 from comfy_executors.devserver import DevServer
 
 DEMO = Path(comfy_executors.__file__).with_name("demo") / "workflow.json.jinja"
-PATIENCE = 60.0
-HOSTILE = 'a "fox"\\\n{{ 7 * 7 }} {% raw %} "}}, \u00e9 \U0001f98a </s> $(id)'
-BENCH = """{
-  "1": {"class_type": "BenchSampler", "_meta": {"title": "Noise"}, "inputs": {
-    "seed": 1, "width": 16, "height": 16, "batch_size": {{ batch_size }}, "steps": 4,
-    "seconds": {{ seconds | default(0) }}, "fail": "{{ fail | default('') }}",
-    "text": "{{ prompt | default('') }}"}},
-  "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "noise"}}
-}"""
 SECRET = "hunter2-0123456789"
-
-
-class Cli:
-    """Runs `python -m comfy_executors` in a folder of its own."""
-
-    def __init__(self, folder: Path, server: DevServer) -> None:
-        self.folder = folder
-        self.server = server
-        (folder / "bench.jinja").write_text(BENCH, encoding="utf-8")
-        self.environment = {**os.environ, "COMFYUI_URL": server.url, "PYTHONIOENCODING": "utf-8"}
-
-    def start(self, *arguments: str, **options: Any) -> subprocess.Popen[str]:
-        options.setdefault("stdout", subprocess.PIPE)
-        options.setdefault("stderr", subprocess.PIPE)
-        return subprocess.Popen(
-            [sys.executable, "-m", "comfy_executors", *arguments],
-            cwd=self.folder,
-            env=self.environment,
-            encoding="utf-8",
-            **options,
-        )
-
-    def __call__(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        process = self.start(*arguments)
-        out, err = process.communicate(timeout=PATIENCE)
-        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
-
-    def within(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run it in this process, which is quicker, with this folder and environment."""
-        out, err = io.StringIO(), io.StringIO()
-        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-            patch.chdir(self.folder)
-            patch.delenv("COMFYUI_URL", raising=False)
-            if "COMFYUI_URL" in self.environment:
-                patch.setenv("COMFYUI_URL", self.environment["COMFYUI_URL"])
-            try:
-                code = main(arguments)
-            except SystemExit as end:
-                code = int(end.code or 0)
-        return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
-
-    def block(self, package: str) -> None:
-        """Make a package look as if it were not installed."""
-        stub = self.folder / "stubs" / package
-        stub.mkdir(parents=True)
-        (stub / "__init__.py").write_text(f"raise ImportError({package!r})\n", encoding="utf-8")
-        self.environment["PYTHONPATH"] = str(stub.parent)
-
-    def saved(self, output: str = "out") -> list[str]:
-        return sorted(str(path) for path in (self.folder / output).glob("*.png"))
-
-    def statuses(self) -> Counter[str]:
-        return Counter(prompt.status for prompt in self.server.prompts)
 
 
 @pytest.fixture(scope="module")
@@ -105,27 +30,6 @@ def shared_server() -> Iterator[DevServer]:
 def cli(tmp_path: Path, shared_server: DevServer) -> Cli:
     shared_server.reset()
     return Cli(tmp_path, shared_server)
-
-
-def events(out: str) -> list[Any]:
-    return [json.loads(line) for line in out.splitlines()]
-
-
-def in_terminal(cli: Cli, *arguments: str) -> tuple[int, str]:
-    """Run with stdout and stderr on a terminal of 100 columns; return code and all it wrote."""
-    leader, follower = pty.openpty()
-    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
-    process = cli.start(*arguments, stdout=follower, stderr=follower)
-    os.close(follower)
-    written = b""
-    until = time.monotonic() + PATIENCE
-    while select.select([leader], [], [], max(0.0, until - time.monotonic()))[0]:
-        try:
-            written += os.read(leader, 65536)
-        except OSError:  # the other side is closed: the process has ended
-            break
-    os.close(leader)
-    return process.wait(PATIENCE), written.decode()
 
 
 # run
@@ -455,34 +359,6 @@ def test_a_closed_pipe_ends_the_run_quietly(cli: Cli) -> None:
     assert len(cli.server.prompts) < 2000
     assert not {"running", "pending"} & cli.statuses().keys()
     process.stderr.close()
-
-
-def test_a_bar_on_a_terminal(cli: Cli) -> None:
-    code, shown = in_terminal(
-        cli, *("run", str(DEMO), "--var", "prompt=x", "--num-samples", "4", "--batch-size", "2")
-    )
-    assert code == 0
-    assert "100%|" in shown
-    assert "4/4 [" in shown
-    assert "batch 1: KSampler" in shown
-    assert "4 images in out after" in shown.splitlines()[-1]
-    assert shown.count("out/comfy-executors_0") == 4
-
-
-def test_lines_on_a_terminal_without_tqdm(cli: Cli) -> None:
-    cli.block("tqdm")
-    code, shown = in_terminal(cli, "run", "bench.jinja", "--num-samples", "4", "--batch-size", "2")
-    lines = shown.splitlines()
-    assert code == 0
-    assert "4/4 [" not in shown
-    assert {"batch 0 runs", "batch 1 runs"} <= set(lines)
-    assert sum("is done: " in line for line in lines) == 2
-    assert sum(line.endswith("is done: 4 of 4 images") for line in lines) == 1
-
-
-def test_quiet_on_a_terminal(cli: Cli) -> None:
-    code, shown = in_terminal(cli, "run", "bench.jinja", "--quiet")
-    assert (code, shown) == (0, "out/noise_00001_.png\r\n")
 
 
 # check
