@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import nbclient
 import nbformat
@@ -172,6 +173,7 @@ def test_a_bar_from_python(server: DevServer) -> None:
     assert "9/10 [" in drawn.getvalue().rpartition("\r")[2]
 
 
+@pytest.mark.slow
 def test_a_notebook_gets_widgets() -> None:
     code = (
         "from comfy_executors import ProgressEvent\n"
@@ -180,12 +182,18 @@ def test_a_notebook_gets_widgets() -> None:
         "    bar(ProgressEvent('done', 0, step=1, max=1))\n"
         "    bar(ProgressEvent('done', 1, step=1, max=1))\n"
     )
-    cell = {"cell_type": "code", "source": code, "metadata": {}, "outputs": []}
+    cell: dict[str, Any] = {
+        "cell_type": "code",
+        "execution_count": None,
+        "source": code,
+        "metadata": {},
+        "outputs": [],
+    }
     book = {"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 4}
-    notebook = nbformat.reads(json.dumps(book), as_version=4)
+    notebook = nbformat.reads(json.dumps(book), as_version=4)  # type: ignore[no-untyped-call]
     nbclient.NotebookClient(notebook, timeout=int(PATIENCE)).execute()
     assert "application/vnd.jupyter.widget-view+json" in json.dumps(notebook.cells[0].outputs)
-    assert "2/2 [" in json.dumps(notebook.metadata.widgets)
+    assert "2/2" in json.dumps(notebook.metadata.widgets)
 
 
 def test_without_tqdm_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
