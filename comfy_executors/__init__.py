@@ -50,6 +50,7 @@ from comfy_executors.errors import (
 from comfy_executors.executors.base import BaseWorkflowExecutor
 from comfy_executors.executors.comfy_server import ComfyServerWorkflowExecutor
 from comfy_executors.executors.dummy import DummyWorkflowExecutor
+from comfy_executors.executors.sweep import RowResult
 from comfy_executors.images import InputImage, WorkflowOutput, WorkflowOutputImage
 from comfy_executors.runs import Batch, BatchResult, ProgressEvent, WorkflowRun
 from comfy_executors.workflows import WorkflowTemplate
@@ -91,6 +92,7 @@ __all__ = [
     "ProgressEvent",
     "PromptLostError",
     "ResultsTakenError",
+    "RowResult",
     "RunPodJobFailedError",
     "RunPodWorkflowExecutor",
     "RunpodComfyWorkflowExecutor",

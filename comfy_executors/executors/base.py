@@ -26,6 +26,7 @@ from collections.abc import (
     Callable,
     Container,
     Generator,
+    Iterable,
     Iterator,
     Mapping,
     Sequence,
@@ -48,6 +49,7 @@ from comfy_executors.errors import (
 )
 from comfy_executors.executors.control import JobControl
 from comfy_executors.executors.plan import Plan, refuse_previews_only
+from comfy_executors.executors.sweep import RowCall, RowResult, map_rows
 from comfy_executors.graphs import whole_number
 from comfy_executors.images import InputImageSet, InputImageSource, WorkflowOutputImage
 from comfy_executors.runs import (
@@ -238,6 +240,44 @@ class BaseWorkflowExecutor(abc.ABC):
         )
         job = Job((), images, include_previews, allow_partial, options.output_dir)
         return self._start(plan.batches, job, options)
+
+    def map_workflows(
+        self,
+        workflow_template: WorkflowTemplate,
+        rows: Iterable[Mapping[str, Any]],
+        *,
+        ordered: bool = False,
+        on_progress: ProgressCallback | None = None,
+        **options: Any,
+    ) -> Generator[RowResult, None, None]:
+        """Run a template once for each row of variables, several at a time.
+
+        Rows are taken from `rows`, which may be endless, as results are taken: only as many are
+        begun ahead as keep the server busy. A row that fails, because it does not fit the template
+        or because its run fails, stops no other. Closing the iterator cancels what it began.
+
+        Args:
+            workflow_template: The template.
+            rows: The variables of each run. `seed`, `num_samples` and `input_images` in a row are
+                the arguments of its run.
+            ordered: Yield in the order of the rows instead of their completion.
+            on_progress: Called with each `ProgressEvent`, whose `row` says which row it belongs
+                to; never from two threads at once.
+            options: What `submit_workflow` takes, variables included, for all rows. What a row
+                says wins; `timeout` is for each row; with `ignore_errors` a row that fails still
+                delivers those of its batches that succeed.
+
+        Returns:
+            A generator of `RowResult`s. Nothing is run before it is asked for the first.
+
+        Raises:
+            TypeError: `workflow_template` is no template. Misspelt options are told by the first
+                row.
+        """
+        calls = (RowCall(index, row) for index, row in enumerate(rows))
+        return map_rows(
+            self, workflow_template, calls, ordered=ordered, on_progress=on_progress, **options
+        )
 
     async def submit_workflow_async(
         self, *args: Any, **kwargs: Any
