@@ -48,6 +48,7 @@ from comfy_executors.cli_runpod import (
     add_runpod_commands,
     make_runpod_executor,
 )
+from comfy_executors.cli_sweep import add_sweep_arguments, run_sweep
 from comfy_executors.cli_template import add_template_command, template
 from comfy_executors.clients.comfyui import DEFAULT_PORT
 from comfy_executors.errors import ComfyExecutorsError, ServerError, WorkflowError
@@ -156,6 +157,10 @@ def _abandon_stdout() -> None:
 def _run(args: argparse.Namespace) -> int:
     template = load_template(args.template)
     variables = template_variables(args)
+    if args.resume and not args.vars:
+        raise UsageError("--resume goes with --vars")
+    if args.vars:
+        return run_sweep(args, template, variables, _make_executor)
     with make_display(args.num_samples, quiet=args.quiet) as display:
         if args.batch_size > 1 and "batch_size" not in template.variables:
             display.note(
@@ -269,6 +274,7 @@ def _parser() -> argparse.ArgumentParser:
     run = _add_command(commands, "run", _run, "run a template and save its images", "TEMPLATE ")
     add_template_arguments(run)
     add_run_arguments(run)
+    add_sweep_arguments(run)
     add_runpod_arguments(run)
 
     words = "render a template and hold it against a server, without running it"

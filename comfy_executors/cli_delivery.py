@@ -21,6 +21,7 @@ from comfy_executors.errors import (
     WorkflowRejectedError,
 )
 from comfy_executors.executors.base import BaseWorkflowExecutor
+from comfy_executors.executors.sweep import RowResult
 from comfy_executors.images import WorkflowOutput
 from comfy_executors.runs import BatchResult, WorkflowRun
 from comfy_executors.workflows import WorkflowTemplate
@@ -171,7 +172,7 @@ class Delivery:
     def _tell_result(self, result: BatchResult) -> None:
         self._images += len(result.images)
         self._files += len(result.outputs)
-        self._fell_short |= _falls_short(result, self._sizes[result.index])
+        self._fell_short |= falls_short(result, self._sizes[result.index])
         self._tell_files("image", result.images)
         self._tell_files("output", result.outputs)
 
@@ -223,8 +224,8 @@ class Delivery:
         return USAGE if refused else FAILED
 
 
-def _falls_short(result: BatchResult, size: int) -> bool:
-    """Tell whether a batch made too few images; a video stands for all, a text for no image."""
+def falls_short(result: BatchResult | RowResult, size: int) -> bool:
+    """Tell whether too few images were made; a video stands for all, a text for no image."""
     if len(result.images) >= size or any(output.kind != "text" for output in result.outputs):
         return False
     return bool(result.images) or not result.outputs

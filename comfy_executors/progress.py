@@ -20,6 +20,7 @@ from comfy_executors.runs import ProgressEvent
 
 _LINE_SECONDS = 5.0
 _ENDS = ("done", "failed", "cancelled")
+_PASSING = ("queued", "started", "step")
 
 Self = TypeVar("Self", bound="Progress")
 
@@ -171,12 +172,13 @@ class ProgressBar(Progress):
             self._images.total = max(made, self._images.total - (event.max or 0))
         self._images.set_postfix_str(self._tally.counts, refresh=False)
         self._where.set_description_str(self._tally.where, refresh=False)
-        # A step passes quickly, but a node can stay for minutes: it must not be left out.
-        if event.kind == "step":
-            self._where.update(0)
-        else:
-            self._where.refresh()
-        self._images.update(made - self._images.n)
+        self._images.n = made
+        for bar in (self._images, self._where):
+            # A step passes quickly, but a node can stay for minutes: it must not be left out.
+            if event.kind in _PASSING:
+                bar.update(0)
+            else:
+                bar.refresh()
 
     def _close(self) -> None:
         self._where.close()

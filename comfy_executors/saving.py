@@ -109,7 +109,7 @@ def _publish(temporary: Path, target: Path) -> Path:
     while True:
         if not os.path.lexists(target) and _claim(temporary, target):
             return target
-        target = _next_free(target)
+        target = next_free(target)
 
 
 def _claim(temporary: Path, target: Path) -> bool:
@@ -140,10 +140,11 @@ def _claim_without_links(temporary: Path, target: Path) -> bool:
         guard.unlink()
 
 
-def _next_free(target: Path) -> Path:
-    """Find a free number whose predecessor is taken, by doubling the step and halving it again.
+def next_free(target: Path) -> Path:
+    """Count a taken name up, as ComfyUI does: find a free number whose predecessor is taken.
 
-    Listing the folder for each file, as ComfyUI does, would take minutes for ten thousand.
+    By doubling the step and halving it again: listing the folder for each file, as ComfyUI does,
+    would take minutes for ten thousand.
     """
     counted = _COUNTED.fullmatch(target.stem)
     prefix = counted["prefix"] if counted else target.stem

@@ -1,0 +1,334 @@
+"""`run --vars`: a run a row, results.jsonl, and --resume after whatever happened."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_kit import HOSTILE, PATIENCE, Cli, Terminal, events
+
+from comfy_executors.cli_results import Results, row_ids
+from comfy_executors.devserver import DevServer
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[DevServer]:
+    with DevServer() as server:
+        yield server
+
+
+@pytest.fixture
+def cli(tmp_path: Path, server: DevServer) -> Cli:
+    server.reset()
+    return Cli(tmp_path, server)
+
+
+def write_csv(cli: Cli, *rows: dict[str, Any], name: str = "rows.csv") -> None:
+    with (cli.folder / name).open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_jsonl(cli: Cli, *rows: Any) -> None:
+    text = "".join(f"{json.dumps(row)}\n" for row in rows)
+    (cli.folder / "rows.jsonl").write_text(text, encoding="utf-8")
+
+
+def records(cli: Cli, output: str = "out") -> list[Any]:
+    return events((cli.folder / output / "results.jsonl").read_text("utf-8"))
+
+
+def texts(cli: Cli) -> Counter[str]:
+    return Counter(prompt.graph["1"]["inputs"]["text"] for prompt in cli.server.prompts)
+
+
+CSV = ("run", "bench.jinja", "--vars", "rows.csv")
+JSONL = ("run", "bench.jinja", "--vars", "rows.jsonl")
+
+
+# What comes out
+
+
+def test_each_row_is_run_and_written_down(cli: Cli) -> None:
+    rows = [{"prompt": "a fox"}, {"prompt": HOSTILE}, {"prompt": ""}]
+    write_csv(cli, *rows)
+    done = cli(*CSV, "--ordered")
+    assert done.returncode == 0
+    found = records(cli)
+    assert [(record["row"], record["variables"]) for record in found] == list(enumerate(rows))
+    assert texts(cli) == {"a fox": 1, HOSTILE: 1, "": 1}
+    seeds = {p.prompt_id: p.graph["1"]["inputs"]["seed"] for p in cli.server.prompts}
+    for record in found:
+        [image] = record["images"]
+        assert image["seed"] == record["seed"] == seeds[image["prompt_id"]]
+        assert image["path"] == f"{record['row']:05d}_{image['name']}"
+        assert record["error"] is None
+    paths = [f"out/{record['images'][0]['path']}" for record in found]
+    assert done.stdout.splitlines() == paths
+    assert sorted(str(cli.folder / path) for path in paths) == cli.saved()
+    assert done.stderr.startswith("3 rows, 3 images in out after ")
+
+
+def test_json_lines_keep_their_types_and_say_how_a_row_is_run(cli: Cli) -> None:
+    write_jsonl(
+        cli,
+        {"prompt": "a", "seconds": 0.01, "num_samples": 3, "seed": 5},
+        {"prompt": "b"},
+    )
+    options = ("--batch-size", "2", "--seed", "9", "--var-json", "seconds=0.02", "--json")
+    done = cli.within(*JSONL, *options, "--ordered")
+    start, first, second, end = events(done.stdout)
+    assert (done.returncode, start["rows"], start["done"]) == (0, 2, 0)
+    assert [image["seed"] for image in first["images"]] == [5, 5, 6]
+    assert [image["seed"] for image in second["images"]] == [9]
+    inputs = [prompt.graph["1"]["inputs"] for prompt in cli.server.prompts]
+    assert Counter((i["text"], i["seconds"], i["batch_size"]) for i in inputs) == {
+        ("a", 0.01, 2): 1, ("a", 0.01, 1): 1, ("b", 0.02, 1): 1,
+    }  # fmt: skip
+    assert (end["rows"], end["delivered"], end["failed"], end["missing"]) == (2, 4, 0, 0)
+
+
+def test_csv_says_how_a_row_is_run(cli: Cli) -> None:
+    write_csv(cli, {"seed": 5, "num_samples": 2}, {"seed": "", "num_samples": ""})
+    assert cli.within(*CSV, "--seed", "8").returncode == 0
+    assert sorted(p.graph["1"]["inputs"]["seed"] for p in cli.server.prompts) == [5, 6, 8]
+
+
+def test_rows_name_their_input_images(cli: Cli) -> None:
+    assert cli.within("run", "bench.jinja", "--output", ".").returncode == 0
+    (cli.folder / "load.jinja").write_text(
+        '{"1": {"class_type": "LoadImage", "inputs": {"image": "{{ input_images[0] }}"}},'
+        '"2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], '
+        '"filename_prefix": "loaded"}}}'
+    )
+    write_csv(cli, {"input_images": "noise_00001_.png"}, {"input_images": "none.png"})
+    done = cli.within("run", "load.jinja", "--vars", "rows.csv")
+    assert (done.returncode, len(cli.saved())) == (1, 1)
+    assert "error: row 1: cannot read the input image 'none.png'" in done.stderr
+
+
+def test_a_failed_row_stops_no_other(cli: Cli) -> None:
+    rows = [{"prompt": str(i), "fail": "boom" if i % 5 == 0 else ""} for i in range(20)]
+    write_csv(cli, *rows)
+    done = cli(*CSV, "--num-samples", "2")
+    assert done.returncode == 1
+    assert Counter(record["row"] for record in records(cli)) == dict.fromkeys(range(20), 1)
+    failed = [record for record in records(cli) if record["error"]]
+    assert sorted(record["row"] for record in failed) == [0, 5, 10, 15]
+    assert {record["error"]["exception_type"] for record in failed} == {"RuntimeError"}
+    assert len(cli.saved()) == 32
+    assert done.stderr.count("boom") == 1
+    assert "16 of 20 rows, 32 images in out after" in done.stderr
+    assert "; 4 rows failed; " in done.stderr
+
+
+def test_rows_on_a_terminal(cli: Cli) -> None:
+    write_jsonl(cli, {}, {"seconds": 3600})
+    with Terminal(cli, *JSONL, "--max-workers", "1") as terminal:
+        lines = terminal.wait_for(lambda lines: "row 1: Noise" in lines)
+        assert any("1/2 [" in line for line in lines)
+        terminal.process.send_signal(signal.SIGINT)
+        assert terminal.end() == 130
+        assert terminal.lines[-1].startswith("1 of 2 rows, 1 image in out after")
+    assert cli.statuses() == {"success": 1, "interrupted": 1}
+
+
+# What cannot work
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("rows.txt", "a", "--vars takes a .csv, .tsv, .jsonl or .ndjson file, not rows.txt"),
+        ("rows.csv", "", "there is no row in rows.csv"),
+        ("rows.csv", "prompt\n", "there is no row in rows.csv"),
+        ("rows.csv", "promt\nx\n", "promt (did you mean prompt?); the template has fail, prompt"),
+        ("rows.csv", "prompt,nonsense\nx,y\n", "'nonsense'; the template has"),
+        ("rows.csv", "prompt,prompt\nx,y\n", "rows.csv has two columns prompt"),
+        ("rows.csv", "prompt,fail\nx\n", "rows.csv, line 2: 1 values for 2 columns"),
+        ("rows.csv", 'prompt\n"x\n', "rows.csv, line 2: "),
+        ("rows.csv", "batch_size\n2\n", "batch_size is filled in by --batch-size"),
+        ("rows.jsonl", '{"prompt": "x"}\n{"prompt": \n', "rows.jsonl, line 2: no JSON"),
+        ("rows.jsonl", "[1]\n", "rows.jsonl, line 1: a row is a JSON object, not list"),
+        ("rows.jsonl", '{}\n{"promt": "x"}\n', "promt (did you mean prompt?)"),
+        ("rows.csv", "prompt\n\udcff\n", "rows.csv is no UTF-8 text"),
+    ],
+)
+def test_wrong_rows_are_told_before_anything_is_sent(
+    cli: Cli, name: str, text: str, words: str
+) -> None:
+    (cli.folder / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+    done = cli.within("run", "bench.jinja", "--vars", name)
+    assert (done.returncode, done.stdout, cli.server.prompts) == (2, "", [])
+    assert words in done.stderr
+    assert not (cli.folder / "out").exists()
+
+
+def test_wrong_options_are_told(cli: Cli) -> None:
+    write_csv(cli, {"prompt": "x"})
+    for arguments, words in (
+        (["--vars", "none.csv"], "cannot read none.csv: No such file or directory"),
+        (["--vars", "rows.csv", "--var", "promt=x"], "promt (did you mean prompt?)"),
+        (["--vars", "rows.csv", "--output", "bench.jinja"], "cannot save into bench.jinja"),
+        (["--resume"], "--resume goes with --vars"),
+    ):
+        done = cli.within("run", "bench.jinja", *arguments)
+        assert (done.returncode, words in done.stderr) == (2, True), done.stderr
+    (cli.folder / "wants.jinja").write_text('{"1": {"class_type": "{{ node }}", "inputs": {}}}')
+    write_jsonl(cli, {})
+    done = cli.within("run", "wants.jinja", "--vars", "rows.jsonl")
+    assert "does not have node, which the template wants; for all rows: --var node" in done.stderr
+    assert cli.server.prompts == []
+
+
+def test_no_server_ends_the_sweep_and_loses_nothing(cli: Cli) -> None:
+    write_csv(cli, *({"prompt": str(i)} for i in range(100)))
+    done = cli.within(*CSV, "--server", "127.0.0.1:1", "--json")
+    assert (done.returncode, events(done.stdout)[-1]["missing"]) == (3, 100)
+    assert done.stderr.count("Connection refused") == 1
+    assert not (cli.folder / "out" / "results.jsonl").exists()
+    assert cli.within(*CSV, "--resume", "--quiet").returncode == 0
+    assert len(cli.saved()) == 100
+
+
+# Resuming
+
+
+def test_resume_does_what_is_missing(cli: Cli) -> None:
+    rows = [{"prompt": str(i), "fail": ""} for i in range(10)]
+    rows[3]["fail"] = "boom"
+    write_csv(cli, *rows)
+    assert cli.within(*CSV).returncode == 1
+    again = cli.within(*CSV)
+    assert (again.returncode, "results.jsonl is there already" in again.stderr) == (2, True)
+
+    rows[3]["fail"] = ""  # mended
+    rows[4]["prompt"] = "another"  # changed
+    write_csv(cli, {"prompt": "new", "fail": ""}, *rows)  # and moved
+    done = cli.within(*CSV, "--resume")
+    assert done.returncode == 0
+    assert "8 of 11 rows are done; 3 to do" in done.stderr
+    assert "warning: 1 result in out/results.jsonl belong to rows that" in done.stderr
+    counts = Counter(record["row"] for record in records(cli))
+    assert (counts.pop(None), counts) == (1, dict.fromkeys(range(11), 1))
+    now = {record["row"]: record["variables"]["prompt"] for record in records(cli)}
+    assert [now[index] for index in range(11)] == ["new", *(row["prompt"] for row in rows)]
+    assert texts(cli) == {**dict.fromkeys("012456789", 1), "3": 2, "another": 1, "new": 1}
+
+    nothing = cli.within(*CSV, "--resume")
+    assert (nothing.returncode, nothing.stdout) == (0, "")
+    assert len(cli.server.prompts) == 13
+
+
+def test_equal_rows_are_rows_of_their_own(cli: Cli) -> None:
+    write_csv(cli, *[{"prompt": "same"}] * 3)
+    assert cli.within(*CSV).returncode == 0
+    write_csv(cli, *[{"prompt": "same"}] * 5)
+    assert cli.within(*CSV, "--resume").returncode == 0
+    assert len(cli.server.prompts) == 5
+    assert sorted(record["row"] for record in records(cli)) == [0, 1, 2, 3, 4]
+
+
+def test_a_changed_template_or_option_is_noticed(cli: Cli) -> None:
+    write_csv(cli, {"prompt": "x"})
+    assert cli.within(*CSV).returncode == 0
+    before = (cli.folder / "out" / "results.jsonl").read_bytes()
+    other = cli.within(*CSV, "--resume", "--seed", "5")
+    assert (other.returncode, "the options changed since" in other.stderr) == (2, True)
+    template = cli.folder / "bench.jinja"
+    template.write_text(template.read_text().replace('"width": 16', '"width": 32'))
+    other = cli.within(*CSV, "--resume")
+    assert (other.returncode, "the template changed since" in other.stderr) == (2, True)
+    write_csv(cli, {"prompt": "y"})
+    template.write_text(template.read_text().replace('"width": 32', '"width": 16'))
+    other = cli.within(*CSV, "--resume")
+    assert (other.returncode, "is --vars the right file?" in other.stderr) == (2, True)
+    assert (cli.folder / "out" / "results.jsonl").read_bytes() == before
+    assert len(cli.server.prompts) == 1
+
+
+def test_another_process_is_kept_out(cli: Cli) -> None:
+    write_jsonl(cli, {"seconds": 3600})
+    first = cli.start(*JSONL)
+    cli.server.wait_for(lambda _: cli.statuses() == {"running": 1}, PATIENCE)
+    second = cli.within(*JSONL, "--resume")
+    first.send_signal(signal.SIGINT)
+    first.communicate(timeout=PATIENCE)
+    assert (second.returncode, "another process is at work in out" in second.stderr) == (2, True)
+    assert first.returncode == 130
+
+
+def test_what_is_no_result_is_named(cli: Cli) -> None:
+    write_csv(cli, {"prompt": "x"})
+    (cli.folder / "out").mkdir()
+    (cli.folder / "out" / "results.jsonl").write_text('{"mine": 1}\n')
+    done = cli.within(*CSV, "--resume")
+    assert (done.returncode, "line 1, is no result of a row" in done.stderr) == (2, True)
+    assert (cli.folder / "out" / "results.jsonl").read_text() == '{"mine": 1}\n'
+
+
+def test_files_whose_line_was_written_are_moved_later(tmp_path: Path) -> None:
+    [row_id] = row_ids([{"prompt": "x"}])
+    results = Results(tmp_path, {"template": "t"})
+    unfinished = results.folder_of(row_id)
+    unfinished.mkdir(parents=True)
+    (unfinished / "00000_a.png").write_bytes(b"a")
+    record = {
+        "row": 0, "id": row_id, "error": None, "outputs": [], "images": [{"path": "00000_a.png"}],
+        "template": "t",
+    }  # fmt: skip
+    # As left by a process that was killed between the line and the move.
+    (tmp_path / "results.jsonl").write_text(json.dumps(record) + "\n")
+    assert results.resume([row_id]).done == {0}
+    results.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000_a.png", "results.jsonl"]
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_every_row_is_there_once(cli: Cli) -> None:
+    """1,000 rows of which 5 % fail, and SIGKILL at a random point."""
+    draw = random.Random()
+    failing = set(draw.sample(range(1000), 50))
+    rows = [{"prompt": str(i), "fail": "boom" if i in failing else ""} for i in range(1000)]
+    write_csv(cli, *rows)
+    point = draw.randrange(50, 950)
+    print("killed after", point, "prompts")
+
+    process = cli.start(*CSV, "--quiet")
+    cli.server.wait_for(lambda server: len(server.prompts) >= point, PATIENCE)
+    process.kill()
+    process.communicate(timeout=PATIENCE)
+    cli.server.wait_for(lambda _: not {"running", "pending"} & cli.statuses().keys(), PATIENCE)
+    sent = texts(cli)
+    results = cli.folder / "out" / "results.jsonl"
+    whole, _, _ = results.read_text("utf-8").rpartition("\n")
+    good = [record for record in events(whole) if record["error"] is None]
+    # A line that was broken off: as after a power cut, since one `write` is seldom cut in two.
+    results.write_text(f'{whole}\n{{"row": 7, "variables": {{"pro')
+    assert sent.keys() < {row["prompt"] for row in rows}
+    assert 0 < len(good) <= sum(sent.values())
+
+    done = cli(*CSV, "--resume", "--json")
+    assert (done.returncode, events(done.stdout)[0]["done"]) == (1, len(good))
+    found = records(cli)
+    assert Counter(record["row"] for record in found) == dict.fromkeys(range(1000), 1)
+    assert {record["row"] for record in found if record["error"]} == failing
+    assert all(record["variables"] == rows[record["row"]] for record in found)
+    # The second run has sent each row once that had no image, and no other.
+    again = texts(cli) - sent
+    kept = {str(record["row"]) for record in good}
+    assert again == {row["prompt"]: 1 for row in rows if row["prompt"] not in kept}
+    assert len(cli.server.prompts) == sum(sent.values()) + 1000 - len(good)
+    # One image for each row that did not fail, and no other file anywhere.
+    paths = [image["path"] for record in found for image in record["images"]]
+    assert len(paths) == len(set(paths)) == 950
+    files = {str(path.relative_to(results.parent)) for path in results.parent.rglob("*")}
+    assert files == {"results.jsonl", *paths}
