@@ -42,6 +42,7 @@ from comfy_executors.cli_delivery import (
     error_text,
     json_line,
 )
+from comfy_executors.cli_gallery import RunGallery, add_gallery_argument
 from comfy_executors.cli_progress import make_display
 from comfy_executors.cli_runpod import (
     add_runpod_arguments,
@@ -159,8 +160,9 @@ def _run(args: argparse.Namespace) -> int:
     variables = template_variables(args)
     if args.resume and not args.vars:
         raise UsageError("--resume goes with --vars")
+    gallery = RunGallery(args, template, variables) if args.gallery else None
     if args.vars:
-        return run_sweep(args, template, variables, _make_executor)
+        return run_sweep(args, template, variables, _make_executor, gallery)
     with make_display(args.num_samples, quiet=args.quiet) as display:
         if args.batch_size > 1 and "batch_size" not in template.variables:
             display.note(
@@ -173,6 +175,7 @@ def _run(args: argparse.Namespace) -> int:
             output=args.output,
             keep_going=args.ignore_errors,
             ordered=args.ordered,
+            gallery=gallery,
         )
         return delivery.run(
             executor,
@@ -275,6 +278,7 @@ def _parser() -> argparse.ArgumentParser:
     add_template_arguments(run)
     add_run_arguments(run)
     add_sweep_arguments(run)
+    add_gallery_argument(run)
     add_runpod_arguments(run)
 
     words = "render a template and hold it against a server, without running it"

@@ -97,6 +97,27 @@ def _headers(text: str) -> list[tuple[str, str]]:
         raise argparse.ArgumentTypeError(f"{error} in each line of {text[1:]}") from None
 
 
+class _HeaderAction(argparse.Action):
+    """Collects headers, and which may be told again: the names of files, and of headers."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        try:
+            headers = _headers(values)
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentError(self, str(error)) from None
+        namespace.header = [*namespace.header, *headers]
+        if values.startswith("@"):
+            namespace.header_files = [*namespace.header_files, values[1:]]
+        else:
+            namespace.header_names = [*namespace.header_names, headers[0][0]]
+
+
 def _read_lines(path: str) -> list[str]:
     try:
         return Path(path).read_text("utf-8-sig").splitlines()
@@ -159,6 +180,7 @@ def template_variables(args: argparse.Namespace) -> dict[str, Any]:
 
 def add_template_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `run` and `check` share."""
+    parser.set_defaults(header_files=[], header_names=[])
     parser.add_argument("template", metavar="TEMPLATE", help="a path, or an http(s) URL")
     add_server_arguments(
         parser,
@@ -175,8 +197,7 @@ def add_server_arguments(parser: argparse.ArgumentParser, help: str) -> None:
     parser.add_argument(
         "--header",
         metavar="'NAME: VALUE'",
-        type=_headers,
-        action="extend",
+        action=_HeaderAction,
         default=[],
         help="sent with each request, such as a key; @FILE reads such lines from a file, so that "
         "no key is among the arguments; may be repeated",

@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, as_completed
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from comfy_executors.cli_gallery import RunGallery
 from comfy_executors.cli_progress import Display
 from comfy_executors.errors import (
     AuthenticationError,
@@ -23,7 +25,7 @@ from comfy_executors.errors import (
 from comfy_executors.executors.base import BaseWorkflowExecutor
 from comfy_executors.executors.sweep import RowResult
 from comfy_executors.images import WorkflowOutput
-from comfy_executors.runs import BatchResult, WorkflowRun
+from comfy_executors.runs import Batch, BatchResult, WorkflowRun
 from comfy_executors.workflows import WorkflowTemplate
 
 DELIVERED, FAILED, USAGE, UNREACHABLE, CANCELLED = 0, 1, 2, 3, 130
@@ -50,18 +52,27 @@ class Delivery:
         output: The folder that the images go to.
         keep_going: Whether the other batches go on when one fails.
         ordered: Whether batches are told in order instead of as they complete.
+        gallery: What else they are told to.
     """
 
     def __init__(
-        self, display: Display, *, as_json: bool, output: str, keep_going: bool, ordered: bool
+        self,
+        display: Display,
+        *,
+        as_json: bool,
+        output: str,
+        keep_going: bool,
+        ordered: bool,
+        gallery: RunGallery | None = None,
     ) -> None:
         self._display = display
         self._as_json = as_json
         self._output = output
         self._keep_going = keep_going
         self._ordered = ordered
+        self._gallery = gallery
         self._images = self._files = self._cancelled = 0
-        self._sizes: list[int] = []
+        self._batches: Sequence[Batch] = ()
         self._fell_short = False
         self._errors: list[BaseException] = []
         self._said: set[str] = set()
@@ -95,7 +106,7 @@ class Delivery:
             with executor:
                 run = self._submit(executor, template, num_samples=num_samples, **options)
                 waiting.update((future, index) for index, future in enumerate(run.futures))
-                self._sizes = [batch.size for batch in run.batches]
+                self._batches = run.batches
                 self._tell_start(executor, num_samples, run)
                 try:
                     self._take(run, waiting)
@@ -113,6 +124,8 @@ class Delivery:
                 "where it says how many"
             )
         self._tell_end(num_samples, interrupted)
+        if self._gallery is not None:
+            tell_page(self._display, self._gallery.write(seconds=time.monotonic() - self._started))
         return CANCELLED if interrupted else self._exit_code(num_samples)
 
     def _submit(
@@ -161,18 +174,23 @@ class Delivery:
     def _tell_start(
         self, executor: BaseWorkflowExecutor, num_samples: int, run: WorkflowRun
     ) -> None:
+        server = getattr(executor, "url", None)
+        if self._gallery is not None:
+            self._gallery.began(server)
         self._event(
             "start",
-            server=getattr(executor, "url", None),
+            server=server,
             num_samples=num_samples,
             batches=len(run.batches),
             output=self._output,
         )
 
     def _tell_result(self, result: BatchResult) -> None:
+        if self._gallery is not None:
+            self._gallery.add(self._batches[result.index], result)
         self._images += len(result.images)
         self._files += len(result.outputs)
-        self._fell_short |= falls_short(result, self._sizes[result.index])
+        self._fell_short |= falls_short(result, self._batches[result.index].size)
         self._tell_files("image", result.images)
         self._tell_files("output", result.outputs)
 
@@ -184,6 +202,8 @@ class Delivery:
 
     def _tell_error(self, index: int, error: BaseException) -> None:
         self._errors.append(error)
+        if self._gallery is not None:
+            self._gallery.add_error(self._batches[index], error)
         self._event("error", batch=index, **error_facts(error))
         text = error_text(error)
         # What is wrong with the graph or the server is wrong for every batch: say it once.
@@ -229,6 +249,12 @@ def falls_short(result: BatchResult | RowResult, size: int) -> bool:
     if len(result.images) >= size or any(output.kind != "text" for output in result.outputs):
         return False
     return bool(result.images) or not result.outputs
+
+
+def tell_page(display: Display, page: Path | None) -> None:
+    """Say where the gallery is, so that a terminal makes a link of it."""
+    if page is not None:
+        display.note(f"gallery: {page.resolve().as_uri()}")
 
 
 def _path(file: WorkflowOutput) -> str:

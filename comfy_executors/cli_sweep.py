@@ -22,7 +22,9 @@ from comfy_executors.cli_delivery import (
     error_text,
     falls_short,
     json_line,
+    tell_page,
 )
+from comfy_executors.cli_gallery import RunGallery
 from comfy_executors.cli_progress import Display, make_display
 from comfy_executors.cli_results import Record, Results, Resumed, digest, row_ids
 from comfy_executors.cli_rows import RowsFile, check_columns
@@ -61,6 +63,7 @@ def run_sweep(
     template: WorkflowTemplate,
     variables: Mapping[str, Any],
     make_executor: Callable[[argparse.Namespace], BaseWorkflowExecutor],
+    gallery: RunGallery | None,
 ) -> int:
     """Run the template once for each row of `--vars`.
 
@@ -69,6 +72,7 @@ def run_sweep(
         template: The template.
         variables: The variables that all rows get.
         make_executor: Makes the executor, which is closed when this returns or raises.
+        gallery: Where all rows are shown, too.
 
     Returns:
         The exit code.
@@ -90,7 +94,15 @@ def run_sweep(
         resumed = _begin(results, rows, resume=args.resume)
         with make_display(summary.images, quiet=args.quiet, made=resumed.images) as display:
             delivery = _SweepDelivery(args, display, results, folder, summary.rows, resumed)
-            return delivery.run(make_executor(args), template, rows, variables)
+            executor = make_executor(args)
+            code = delivery.run(executor, template, rows, variables)
+            if gallery is not None:
+                gallery.began(getattr(executor, "url", None))
+                gallery.add_rows(
+                    record for record in results.records() if record["row"] is not None
+                )
+                tell_page(display, gallery.write(is_sweep=True))
+            return code
 
 
 def _kept(args: argparse.Namespace, variables: Mapping[str, Any]) -> list[Any]:

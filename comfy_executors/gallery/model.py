@@ -1,0 +1,100 @@
+"""What a gallery knows of its runs; it stands in the page as JSON, where the next run finds it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class File:
+    """One file of a batch.
+
+    Args:
+        path: Where it is, below the gallery's folder, with slashes.
+        kind: image, video, audio, text, 3d or file.
+        size: Its size in bytes.
+        node: The node that made it, as people know it.
+        text: The beginning of a text.
+    """
+
+    path: str
+    kind: str
+    size: int = 0
+    node: str = ""
+    text: str = ""
+
+
+@dataclass
+class Batch:
+    """One batch, or one row's batch.
+
+    Args:
+        index: Which batch of its run, or of its row, from 0.
+        row: Which row of a sweep, from 0.
+        seed: Its seed.
+        seconds: How long it took.
+        variables: The variables that only its row has.
+        command: What makes it again; empty where nothing can.
+        error: Why it failed; empty where it did not.
+        files: What it made, in order.
+    """
+
+    index: int
+    row: int | None = None
+    seed: int | None = None
+    seconds: float | None = None
+    variables: dict[str, Any] = field(default_factory=dict)
+    command: str = ""
+    error: str = ""
+    files: list[File] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        if self.row is None:
+            return f"Batch {self.index}"
+        return f"Row {self.row}, batch {self.index}" if self.index else f"Row {self.row}"
+
+
+@dataclass
+class Run:
+    """One run: a section of the gallery.
+
+    Args:
+        id: A run that comes again under its id takes the place of the one there.
+        title: Its headline, such as the template's file name.
+        started: When it was begun, for people to read.
+        server: Where it ran, without keys.
+        seconds: How long it took.
+        variables: The variables of all its batches.
+        note: What there is to say of its commands.
+        batches: Its batches, in order; those that failed have an error and no files.
+    """
+
+    id: str
+    title: str
+    started: str
+    server: str = ""
+    seconds: float | None = None
+    variables: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+    batches: list[Batch] = field(default_factory=list)
+
+    @property
+    def failures(self) -> list[Batch]:
+        """The batches that failed."""
+        return [batch for batch in self.batches if batch.error]
+
+
+def run_from_json(data: dict[str, Any]) -> Run:
+    """Make a run of what stands in a page.
+
+    Raises:
+        TypeError, KeyError: It is none.
+    """
+    batches = [
+        Batch(**{**batch, "files": [File(**file) for file in batch["files"]]})
+        for batch in data["batches"]
+    ]
+    return Run(**{**data, "batches": batches})
