@@ -268,7 +268,7 @@ class BaseWorkflowExecutor(abc.ABC):
                 delivers those of its batches that succeed.
 
         Returns:
-            A generator of `RowResult`s. Nothing is run before it is asked for the first.
+            A generator of one `RowResult` a row. Nothing is run before it is asked for the first.
 
         Raises:
             TypeError: `workflow_template` is no template. Misspelt options are told by the first
