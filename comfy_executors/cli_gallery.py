@@ -191,7 +191,10 @@ class RunGallery:
         return shell_command([*command, *batch_options(seed, size)])
 
     def _note(self) -> str:
-        if not self._args.header_names:
+        left_out = [f"--header {', '.join(self._args.header_names)}"] * bool(
+            self._args.header_names
+        )
+        left_out += ["the user and password in --server"] * ("@" in (self._args.server or ""))
+        if not left_out:
             return ""
-        names = ", ".join(self._args.header_names)
-        return f"Left out of the commands, because they may be keys: --header {names}"
+        return f"Left out of the commands, because they may be keys: {'; '.join(left_out)}"

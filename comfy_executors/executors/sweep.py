@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import queue
 import threading
 import time
@@ -16,6 +17,8 @@ from comfy_executors.errors import ComfyExecutorsError, ExecutorClosedError, Wor
 from comfy_executors.images import WorkflowOutput, WorkflowOutputImage
 from comfy_executors.runs import BatchResult, ProgressCallback, ProgressEvent, WorkflowRun
 from comfy_executors.workflows import WorkflowTemplate
+
+logger = logging.getLogger(__name__)
 
 # What a row says of these is no variable of the template but how this row is run.
 ROW_ARGUMENTS = ("seed", "num_samples", "input_images")
@@ -89,12 +92,14 @@ def map_rows(
     """Run each row; see `BaseWorkflowExecutor.map_workflows`, which this is but for the calls.
 
     Raises:
-        TypeError: `template` is no template.
+        TypeError: `template` is no template, or `on_progress` cannot be called.
     """
     if not isinstance(template, WorkflowTemplate):
         raise TypeError(
             f"workflow_template must be a WorkflowTemplate, not {type(template).__name__}"
         )
+    if on_progress is not None and not callable(on_progress):
+        raise TypeError(f"on_progress must be callable, not {type(on_progress).__name__}")
     common = dict(options.pop("variables", None) or {})
     arguments = inspect.signature(executor.submit_workflow).parameters
     for name in template.variables & options.keys() - arguments.keys():
@@ -154,6 +159,7 @@ class _Sweep:
             raise  # of all that is left, and no matter of this row
         except (ComfyExecutorsError, ValueError) as error:
             self._finished.put((place, RowResult(call.index, call.row, error=error)))
+            self._report_unstarted(call, error)
             return
         self._runs[place] = run
         fail_fast = not self._options.get("ignore_errors")
@@ -171,13 +177,23 @@ class _Sweep:
         if not isinstance(number, int):
             raise ValueError(f"num_samples must be a whole number from 1, not {number!r}")
         if self._on_progress is not None:
-            options["on_progress"] = partial(self._report, call.index)
+            options["on_progress"] = partial(self._report, call)
         return self._executor.submit_workflow(self._template, variables=variables, **options)
 
-    def _report(self, index: int, event: ProgressEvent) -> None:
-        assert self._on_progress is not None, "only then it is asked for"
-        with self._progress_lock:
-            self._on_progress(replace(event, row=index))
+    def _report(self, call: RowCall, event: ProgressEvent) -> None:
+        if self._on_progress is not None:
+            with self._progress_lock:
+                self._on_progress(replace(event, row=call.index))
+
+    def _report_unstarted(self, call: RowCall, error: Exception) -> None:
+        wanted = self._options.get("num_samples", 1)
+        if isinstance(call.row, Mapping):
+            wanted = call.row.get("num_samples", wanted)
+        size = wanted if isinstance(wanted, int) else None
+        try:
+            self._report(call, ProgressEvent("failed", 0, max=size, message=str(error)))
+        except Exception:  # as for the events of a run
+            logger.exception("on_progress raised; the sweep goes on")
 
     def _finish(self, place: int, call: RowCall, run: WorkflowRun, began: float) -> None:
         errors = list(run.errors.values())

@@ -133,8 +133,9 @@ def test_a_failed_row_stops_no_other(cli: Cli) -> None:
 def test_rows_on_a_terminal(cli: Cli) -> None:
     write_jsonl(cli, {}, {"seconds": 3600})
     with Terminal(cli, *JSONL, "--max-workers", "1") as terminal:
-        lines = terminal.wait_for(lambda lines: "row 1: Noise" in lines)
-        assert any("1/2 [" in line for line in lines)
+        terminal.wait_for(
+            lambda lines: "row 1: Noise" in lines and any("1/2 [" in x for x in lines)
+        )
         terminal.process.send_signal(signal.SIGINT)
         assert terminal.end() == 130
         assert terminal.lines[-1].startswith("1 of 2 rows, 1 image in out after")

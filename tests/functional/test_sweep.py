@@ -21,6 +21,7 @@ from comfy_executors import (
     RowResult,
     TemplateVariablesError,
     WorkflowTemplate,
+    WorkflowTimeoutError,
 )
 from comfy_executors.devserver import DevServer
 
@@ -217,9 +218,56 @@ def test_progress_says_the_row_and_comes_from_one_thread_at_a_time(
     assert overlaps == []
 
 
+def test_a_row_that_cannot_start_reports_its_failure(
+    executor: ComfyServerWorkflowExecutor, caplog: pytest.LogCaptureFixture
+) -> None:
+    events: list[ProgressEvent] = []
+
+    def note(event: ProgressEvent) -> None:
+        events.append(event)
+        raise LookupError("a callback of ours")
+
+    rows: list[dict[str, Any]] = [{"promt": "x"}, {"promt": "y", "num_samples": 3}]
+    assert len(list(executor.map_workflows(TEMPLATE, rows, num_samples=2, on_progress=note))) == 2
+    assert [(event.kind, event.row, event.max) for event in events] == [
+        ("failed", 0, 2), ("failed", 1, 3),
+    ]  # fmt: skip
+    assert caplog.text.count("LookupError: a callback of ours") == 2
+
+
+def test_restarts_and_dropped_sockets_lose_no_row(server: DevServer) -> None:
+    rows = [{"prompt": str(index), "seconds": 0.02} for index in range(60)]
+    with ComfyServerWorkflowExecutor(server.address) as executor:
+        results = executor.map_workflows(TEMPLATE, rows)
+        taken = [next(results) for _ in range(10)]
+        server.restart()
+        taken += [next(results) for _ in range(10)]
+        server.drop_websockets()
+        taken += list(results)
+    assert Counter(result.index for result in taken) == dict.fromkeys(range(60), 1)
+    assert [result.error for result in taken if result.error] == []
+    assert Counter(len(result.images) for result in taken) == {1: 60}
+    done = [p.graph["1"]["inputs"]["text"] for p in server.prompts if p.status == "success"]
+    # What a restarted server forgot before its image was fetched had to be made again.
+    assert set(done) == set(map(str, range(60)))
+    assert len(done) <= 60 + executor.max_workers
+
+
+def test_a_timeout_is_for_each_row(server: DevServer) -> None:
+    rows: list[dict[str, Any]] = [{"seconds": 3600}, {}, {}]
+    with ComfyServerWorkflowExecutor(server.address, max_workers=1) as executor:
+        results = list(executor.map_workflows(TEMPLATE, rows, batch_timeout=0.3))
+    errors = {result.index: result.error for result in results if result.error}
+    assert errors.keys() == {0}
+    assert isinstance(errors[0], WorkflowTimeoutError)
+    assert Counter(p.status for p in server.prompts) == {"interrupted": 1, "success": 2}
+
+
 def test_misspelt_options_raise(executor: ComfyServerWorkflowExecutor, server: DevServer) -> None:
     with pytest.raises(TypeError, match="did you mean num_samples"):
         next(executor.map_workflows(TEMPLATE, [{}], num_sample=2))
+    with pytest.raises(TypeError, match="on_progress must be callable, not str"):
+        executor.map_workflows(TEMPLATE, [{}], on_progress="show")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="must be a WorkflowTemplate, not str"):
         executor.map_workflows(BENCH, [{}])  # type: ignore[arg-type]
     assert server.prompts == []
