@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import nbclient
-import nbformat
 import pytest
 from cli_kit import BENCH, PATIENCE, Cli, Terminal
 
@@ -174,7 +172,11 @@ def test_a_bar_from_python(server: DevServer) -> None:
 
 
 @pytest.mark.slow
-def test_a_notebook_gets_widgets() -> None:
+def test_a_notebook_gets_widgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")  # an older Jupyter warns without it
+    import nbclient
+    import nbformat
+
     code = (
         "from comfy_executors import ProgressEvent\n"
         "from comfy_executors.progress import ProgressBar\n"
