@@ -40,8 +40,9 @@ def test_run_saves_every_image_and_names_it(cli: Cli) -> None:
     assert (done.returncode, cli.statuses()) == (0, {"success": 3})
     assert sorted(str(cli.folder / line) for line in done.stdout.splitlines()) == cli.saved()
     assert len(cli.saved()) == 20
-    assert done.stderr.startswith("20 images in out after ")
-    assert done.stderr.count("\n") == 1
+    # Above it there may be lines of progress, if it takes long.
+    assert done.stderr.splitlines()[-1].startswith("20 images in out after ")
+    assert "warning" not in done.stderr
 
 
 def test_run_again_overwrites_nothing(cli: Cli) -> None:
@@ -286,13 +287,12 @@ def test_an_own_ca_and_none(cli: Cli) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("127.0.0.1").configure_cert(context)
     with DevServer(ssl_context=context) as server:
-        # The result; and before that, check tells the template's four variables.
-        for command, lines in (("run", 1), ("check", 5)):
+        for command in ("run", "check"):
             refused = cli.within(command, "bench.jinja", "--server", server.url)
             assert (refused.returncode, "--ca FILE" in refused.stderr) == (3, True)
             for option in (["--ca", "ca.pem"], ["--insecure"]):
                 done = cli(command, "bench.jinja", "--server", server.url, *option)
-                assert (done.returncode, done.stderr.count("\n")) == (0, lines)
+                assert (done.returncode, "warning" in done.stderr.lower()) == (0, False)
 
 
 # Pipes, terminals and signals
