@@ -7,7 +7,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -214,23 +214,30 @@ class _Sweep:
 class _Collector:
     """Waits, without a thread, until all batches of a run have ended."""
 
-    def __init__(self, run: WorkflowRun, fail_fast: bool, on_end: partial[None]) -> None:
-        self._run = run
+    def __init__(self, run: WorkflowRun, fail_fast: bool, on_end: Callable[[], None]) -> None:
+        self._run: WorkflowRun | None = run
         self._fail_fast = fail_fast
-        self._on_end = on_end
+        self._on_end: Callable[[], None] | None = on_end
         self._lock = threading.Lock()
         self._left = len(run.batches)
 
     def watch(self) -> None:
+        """Begin to wait."""
+        assert self._run is not None, "it has not ended yet"
         for future in self._run.futures:
             future.add_done_callback(self._count)
 
     def _count(self, future: Future[BatchResult]) -> None:
+        run = self._run
         failed = future.cancelled() or future.exception() is not None
-        if failed and self._fail_fast:
-            self._run.cancel()
+        if failed and self._fail_fast and run is not None:
+            run.cancel()
         with self._lock:
             self._left -= 1
-            last = not self._left
-        if last:
-            self._on_end()
+            if self._left:
+                return
+            on_end = self._on_end
+            # Futures keep their callbacks for ever, and must not keep the run and its images so.
+            self._run = self._on_end = None
+        if on_end is not None:
+            on_end()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +22,7 @@ from comfy_executors import (
     ProgressEvent,
     RowResult,
     TemplateVariablesError,
+    WorkflowOutputImage,
     WorkflowTemplate,
     WorkflowTimeoutError,
 )
@@ -150,6 +153,17 @@ def test_rows_are_begun_as_results_are_taken(server: DevServer) -> None:
             assert len(begun) <= taken + 2 + 2
         results.close()
     assert len(server.prompts) <= len(begun)
+
+
+def test_what_was_taken_is_not_kept(executor: ComfyServerWorkflowExecutor) -> None:
+    images: weakref.WeakSet[WorkflowOutputImage] = weakref.WeakSet()
+    most = 0
+    for result in executor.map_workflows(TEMPLATE, ({} for _ in range(60))):
+        images.update(result.images)
+        del result
+        gc.collect()
+        most = max(most, len(images))
+    assert most <= executor.max_workers + 2
 
 
 def test_closing_cancels_what_was_begun(server: DevServer) -> None:
