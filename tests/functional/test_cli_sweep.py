@@ -142,6 +142,22 @@ def test_rows_on_a_terminal(cli: Cli) -> None:
     assert cli.statuses() == {"success": 1, "interrupted": 1}
 
 
+def test_a_closed_pipe_ends_the_sweep_and_loses_nothing(cli: Cli) -> None:
+    write_csv(cli, *({"prompt": str(i)} for i in range(200)))
+    process = cli.start(*CSV, "--var-json", "seconds=0.02")
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert "Traceback" not in process.stderr.read()
+    assert process.wait(PATIENCE) == 1
+    process.stderr.close()
+    assert not {"running", "pending"} & cli.statuses().keys()
+    assert cli.within(*CSV, "--var-json", "seconds=0.02", "--resume").returncode == 0
+    assert Counter(record["row"] for record in records(cli)) == dict.fromkeys(range(200), 1)
+    assert len(cli.saved()) == 200
+
+
 # What cannot work
 
 
