@@ -28,6 +28,7 @@ from comfy_executors.wire import DOCUMENT_KEY, End, Failed, decode_request, enco
 from comfy_executors.workers.downloads import InputDownloader
 from comfy_executors.workers.engine import Engine, Execution
 from comfy_executors.workers.official import official_answer, official_document
+from comfy_executors.workers.runpod_stops import EarlyStops
 from comfy_executors.workers.storage import S3Storage
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class RunPodWorker:
         environment: The settings.
         config: What `runpod.serverless.start` is given; see `_ask_for_fresh_worker`.
         shrink_result: Whether events that were streamed are made smaller afterwards; see `_Result`.
+        stops: The stops that came before their jobs.
     """
 
     def __init__(
@@ -53,10 +55,12 @@ class RunPodWorker:
         config: dict[str, Any],
         *,
         shrink_result: bool = True,
+        stops: EarlyStops | None = None,
     ) -> None:
         self._environment = environment
         self._config = config
         self._shrink_result = shrink_result
+        self._stops = stops or EarlyStops()
         self._engine: Engine | None = None
         self._engine_lock = threading.Lock()
 
@@ -66,6 +70,8 @@ class RunPodWorker:
         An item with a key `error` makes the SDK end the job as failed. A job document's failures
         are events instead; only the official worker's input is answered so.
         """
+        if self._stops.take(job["id"]):
+            raise asyncio.CancelledError  # as if the SDK had stopped its task
         request = job["input"]
         is_ours = isinstance(request, Mapping) and DOCUMENT_KEY in request
         try:
@@ -209,7 +215,9 @@ def main() -> None:
     config: dict[str, Any] = {"return_aggregate_stream": True}
     # The test server sends nothing before the end: what is made smaller then would be lost.
     is_server = "--rp_serve_api" in sys.argv or "RUNPOD_REALTIME_PORT" in os.environ
-    worker = RunPodWorker(os.environ, config, shrink_result=not is_server)
+    stops = EarlyStops()
+    stops.watch(import_module("runpod.serverless.modules.rp_scale").JobScaler)
+    worker = RunPodWorker(os.environ, config, shrink_result=not is_server, stops=stops)
     config["handler"] = worker.handle
     try:
         runpod.serverless.start(config)
