@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,6 +61,9 @@ class Job:
         allow_partial: Whether a graph of which the server refuses some outputs may run.
         output_dir: Where a backend may save an output as soon as it has it, so that only one is
             in memory; what it does not save, the base saves when the batch is complete.
+        on_output: Called by a ComfyUI server's backend with each output once it was fetched, while
+            the rest of its graph still runs.
+        extra_data: What a ComfyUI server is sent along with each graph; keys may be in it.
     """
 
     batches: Sequence[Batch]
@@ -68,6 +71,8 @@ class Job:
     include_previews: bool = False
     allow_partial: bool = False
     output_dir: Path | None = None
+    on_output: Callable[[WorkflowOutput], object] | None = None
+    extra_data: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,12 @@ class ComfyUIClient:
             return int(body["exec_info"]["queue_remaining"])
 
     def post_prompt(
-        self, graph: Graph, prompt_id: str, client_id: str, waiter: Waiter
+        self,
+        graph: Graph,
+        prompt_id: str,
+        client_id: str,
+        waiter: Waiter,
+        extra_data: Mapping[str, str] | None = None,
     ) -> QueuedPrompt:
         """Post a prompt, once: a second post of the same id would run twice.
 
@@ -96,6 +101,7 @@ class ComfyUIClient:
             client_id: The websocket that its events go to. Without one, outputs of cached nodes
                 are missing from the history.
             waiter: The deadline.
+            extra_data: What nodes are handed beside it, such as a key for API nodes.
 
         Raises:
             WorkflowRejectedError: The server refuses all of it.
@@ -105,7 +111,7 @@ class ComfyUIClient:
             "prompt": graph,
             "prompt_id": prompt_id,
             "client_id": client_id,
-            "extra_data": {MARK: prompt_id},
+            "extra_data": {**(extra_data or {}), MARK: prompt_id},
         }
         try:
             answer = self.http.call("POST", "/prompt", waiter, accept=(400,), json=body)

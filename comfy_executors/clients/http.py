@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol, TypeVar, Union, cast
+from typing import IO, Any, NamedTuple, Protocol, TypeVar, Union, cast
 from urllib.parse import unquote, urlencode, urlsplit, urlunsplit
 
 import requests
@@ -300,6 +300,7 @@ class HttpClient:
         json: Any = None,
         data: Mapping[str, str] | None = None,
         files: Any = None,
+        into: IO[bytes] | None = None,
     ) -> Answer:
         """Make one call, once.
 
@@ -310,6 +311,7 @@ class HttpClient:
             accept: Statuses beside 200 that the caller understands.
             params: The query.
             json: A body as JSON; or `data` and `files` for a form.
+            into: A file for the answer's body, which is empty then: it may be a large one.
 
         Raises:
             ServerUnreachableError: No whole answer came; `maybe_received` tells whether the
@@ -320,13 +322,15 @@ class HttpClient:
         request = requests.Request(
             method, self.base_url + path, params=params, json=json, data=data, files=files
         )
-        answer = self._exchange(request, waiter)
+        answer = self._exchange(request, waiter, into)
         if answer.status != 200 and answer.status not in accept:
             raise self._refusal(f"{method} {path}", answer)
         self._answered = True
         return answer
 
-    def _exchange(self, request: requests.Request, waiter: Waiter) -> Answer:
+    def _exchange(
+        self, request: requests.Request, waiter: Waiter, into: IO[bytes] | None = None
+    ) -> Answer:
         # Zero would be an error, not a short time.
         timeout = (
             max(waiter.limit(CONNECT_SECONDS), 0.01),
@@ -341,7 +345,12 @@ class HttpClient:
                 self._send(prepared, timeout) as response,
             ):
                 guard.head_is_here()
-                content = b"".join(response.iter_content(_CHUNK_BYTES))
+                into = into if response.status_code == 200 else None
+                size = 0
+                pieces: list[bytes] = []
+                for piece in response.iter_content(_CHUNK_BYTES):
+                    size += len(piece)
+                    (pieces.append if into is None else into.write)(piece)
                 for each in (*response.history, response):
                     if "set-cookie" in each.headers:
                         # Such as those that keep a client at one of several servers.
@@ -351,13 +360,13 @@ class HttpClient:
         except requests.RequestException as error:
             waiter.limit(READ_SECONDS)  # a deadline or a cancellation is its own error
             raise self._unreachable(error) from error
-        answer = Answer(response.status_code, response.headers, content)
+        answer = Answer(response.status_code, response.headers, b"".join(pieces))
         expected = answer.headers.get("content-length", "")
         encoded = "content-encoding" in answer.headers or request.method == "HEAD"
-        if expected.isdecimal() and not encoded and len(content) != int(expected):
+        if expected.isdecimal() and not encoded and size != int(expected):
             # urllib3 before 2 does not notice.
             raise ServerUnreachableError(
-                f"{self.base_url} cut an answer short: {len(content)} of {expected} bytes",
+                f"{self.base_url} cut an answer short: {size} of {expected} bytes",
                 server=self.base_url,
                 transient=True,
                 maybe_received=True,

@@ -144,6 +144,8 @@ class OutputCollector:
             self.images.append(output)
         else:
             self.outputs.append(output)
+        if self._job.on_output is not None:
+            self._job.on_output(output)
 
     def discard(self) -> None:
         """Forget all, and remove what was saved, because the batch fails or is run again."""

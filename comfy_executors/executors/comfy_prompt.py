@@ -153,7 +153,9 @@ class ComfyPrompt:
                 return QueuedPrompt(found)
         before, self._maybe_posted = self._maybe_posted, True
         try:
-            queued = self._client.post_prompt(self._graph, self._id, self._client_id, self._control)
+            queued = self._client.post_prompt(
+                self._graph, self._id, self._client_id, self._control, self._job.extra_data
+            )
             self._answered = True
             return queued
         except WorkflowRejectedError:

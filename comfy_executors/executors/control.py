@@ -43,6 +43,7 @@ class JobControl:
         self.batch_timeout = run.options.batch_timeout
         self.on_giving_up: Callable[[BaseException], None] | None = None
         self.gave_up = False
+        self.wants_progress = run.options.on_progress is not None
 
     # For the executor, the run, and whoever brings news.
 
