@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Union
 
 from comfy_executors.errors import ComfyExecutorsError
@@ -27,7 +27,7 @@ class WholeOutput:
 
     Args:
         batch: The batch.
-        output: Its number in the batch, from 0.
+        output: Its number in the batch.
         node: The node that reported it.
         name: The file's name as ComfyUI gave it.
         subfolder: Its folder below ComfyUI's output folder.
@@ -114,18 +114,21 @@ class _Batch:
 class Assembler:
     """Takes events in any order, repeated, of several attempts, with some lost.
 
-    Each output and each batch is handed out once; parts are never mixed with those of another
-    version of the same output.
+    Each output is handed out once, as soon as it is whole, and each batch once it is complete;
+    parts are never mixed with those of another version of the same output.
 
     Args:
         batches: The numbers of the batches that the job has.
+        keeps_data: Whether a complete batch comes with the bytes of its outputs; otherwise they
+            are in the news of each single output only, and no memory is taken by them here.
 
     Attributes:
         job_error: The error of the whole job, if one was told.
         end: The last event of the highest attempt, once it has come.
     """
 
-    def __init__(self, batches: Iterable[int]) -> None:
+    def __init__(self, batches: Iterable[int], *, keeps_data: bool = True) -> None:
+        self._keeps_data = keeps_data
         self._open = {batch: _Batch() for batch in batches}
         self._newest = (-1, -1)  # attempt and number of the newest progress that was passed on
         self._started: set[int] = set()
@@ -172,7 +175,7 @@ class Assembler:
         for number, batch in self._open.items():
             if batch.ended is None:
                 missing.append(Missing(number))
-            expected = range(batch.ended.outputs) if batch.ended else sorted(batch.partials)
+            expected = batch.ended.order if batch.ended else sorted(batch.partials)
             for output in expected:
                 if output not in batch.whole:
                     versions = batch.partials.get(output, {}).values()
@@ -214,7 +217,7 @@ class Assembler:
         )
         if data is not None and not whole.matches(data):
             return []
-        batch.whole[event.output] = whole
+        batch.whole[event.output] = whole if self._keeps_data else replace(whole, data=None)
         batch.partials.pop(event.output, None)
         return [whole, *self._complete(event.batch, batch)]
 
@@ -227,10 +230,10 @@ class Assembler:
 
     def _complete(self, number: int, batch: _Batch) -> list[News]:
         ended = batch.ended
-        if ended is None or any(output not in batch.whole for output in range(ended.outputs)):
+        if ended is None or any(output not in batch.whole for output in ended.order):
             return []
         del self._open[number]
-        outputs = tuple(batch.whole[output] for output in range(ended.outputs))
+        outputs = tuple(batch.whole[output] for output in ended.order)
         return [CompleteBatch(number, outputs, ended.prompt_id, ended.seconds, ended.attempt)]
 
     def _add_failure(self, event: Failed) -> list[News]:

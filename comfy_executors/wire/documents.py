@@ -61,11 +61,13 @@ class JobOptions:
         include_previews: Whether outputs of type `temp` are wanted too.
         allow_partial: Whether a graph of which ComfyUI refuses some outputs may run.
         batch_timeout: Seconds that one batch may execute, or None.
+        progress: Whether somebody looks at the progress; otherwise little of it is told.
     """
 
     include_previews: bool = False
     allow_partial: bool = False
     batch_timeout: float | None = None
+    progress: bool = True
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ def encode_document(document: JobDocument, *, inline: bool = True) -> dict[str, 
             "include_previews": document.options.include_previews,
             "allow_partial": document.options.allow_partial,
             "batch_timeout": document.options.batch_timeout,
+            "progress": document.options.progress,
         },
     }
 
@@ -273,7 +276,8 @@ def _options(raw: Any) -> JobOptions:
     options = {} if raw is None else raw
     if not isinstance(options, Mapping):
         raise _refusal(f"options must be an object, not {_shown(raw)}")
-    flags = {name: options.get(name, False) for name in ("include_previews", "allow_partial")}
+    defaults = {"include_previews": False, "allow_partial": False, "progress": True}
+    flags = {name: options.get(name, default) for name, default in defaults.items()}
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise _refusal(f"{name} must be true or false, not {_shown(value)}")

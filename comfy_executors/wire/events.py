@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Union
 
@@ -63,14 +63,15 @@ class Progress:
 class OutputPart:
     """One part of one output of a batch.
 
-    A batch's outputs are numbered by the order of their nodes in the graph, so that a second
-    attempt, on another worker too, numbers them alike.
+    It comes as soon as its node reports, so that nobody knows yet how many there will be. The
+    numbers of a batch's outputs follow from their nodes' places in the graph, and have gaps: a
+    second attempt, on another worker too, numbers them alike.
 
     Args:
         seq: See `Started`.
         attempt: See `Started`.
         batch: The batch.
-        output: The output's number in its batch, from 0.
+        output: The output's number in its batch.
         part: The part's number in its output, from 0.
         parts: How many parts the output has; all but the last are equally long.
         node: The node that reported it.
@@ -113,6 +114,7 @@ class BatchEnded:
         outputs: How many outputs it has.
         prompt_id: Its prompt on the worker's ComfyUI.
         seconds: How long it took there.
+        numbers: Their numbers, in the order of their nodes; None stands for 0, 1, 2 and so on.
     """
 
     seq: int
@@ -121,6 +123,12 @@ class BatchEnded:
     outputs: int
     prompt_id: str | None
     seconds: float
+    numbers: tuple[int, ...] | None = None
+
+    @property
+    def order(self) -> Sequence[int]:
+        """The numbers of its outputs."""
+        return range(self.outputs) if self.numbers is None else self.numbers
 
 
 @dataclass(frozen=True)
@@ -172,9 +180,11 @@ def encode_event(event: Event) -> dict[str, Any]:
         elif isinstance(value, ComfyExecutorsError):
             # Not under "error": RunPod's SDK ends a job as failed that yields such a key.
             raw["failure"] = encode_error(value)
+        elif isinstance(value, tuple):
+            raw[item.name] = list(value)
         elif isinstance(value, ProgressStep):
             raw[item.name] = {k: plain(v) for k, v in vars(value).items() if v is not None}
-        elif value is not None or item.name not in ("data", "url"):
+        elif value is not None or item.name not in ("data", "url", "numbers"):
             raw[item.name] = plain(value)
     return raw
 
@@ -203,6 +213,8 @@ def decode_event(raw: Any) -> Event:
         raise _no_event(f"part {event.part} of {event.parts} of {event.size} bytes")
     if isinstance(event, BatchEnded) and event.outputs > _MAX_OUTPUTS:
         raise _no_event(f"{event.outputs} outputs of one batch")
+    if isinstance(event, BatchEnded) and len(set(event.order)) != event.outputs:
+        raise _no_event(f"{event.outputs} outputs with the numbers {str(event.numbers)[:80]}")
     return event
 
 
@@ -214,6 +226,12 @@ def _count(value: Any) -> int:
     if type(value) is not int or value < 0:
         raise TypeError
     return value
+
+
+def _counts(value: Any) -> tuple[int, ...] | None:
+    if value is not None and not isinstance(value, list):
+        raise TypeError
+    return None if value is None else tuple(map(_count, value))
 
 
 def _text(value: Any) -> str:
@@ -261,6 +279,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "str | None": _optional(_text),
     "bool": _flag,
     "float": _seconds,
+    "tuple[int, ...] | None": _counts,
     "bytes | None": _bytes,
     "ProgressStep": _step,
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import hashlib
 import logging
 import threading
 import time
@@ -11,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy_executors
 from comfy_executors.clients.comfyui import ComfyUIClient
@@ -25,7 +24,6 @@ from comfy_executors.errors import (
     WorkflowCancelledError,
     WorkflowError,
 )
-from comfy_executors.executors.comfy_server import ComfyServerWorkflowExecutor
 from comfy_executors.images import WorkflowOutput
 from comfy_executors.runs import WorkflowRun
 from comfy_executors.saving import safe_name
@@ -37,6 +35,7 @@ from comfy_executors.wire import (
     JobGraph,
     OutputPart,
     Progress,
+    ProgressStep,
     Started,
     encode_event,
     split,
@@ -44,9 +43,9 @@ from comfy_executors.wire import (
 from comfy_executors.workers.downloads import InputDownloader
 from comfy_executors.workers.inbox import Inbox
 from comfy_executors.workers.ledger import Ledger, MadeBatch, MadeOutput, fingerprint
-from comfy_executors.workers.outputs import FinishedBatch, JobWaiter, fetch_again
+from comfy_executors.workers.outputs import JobWaiter, OutgoingBatch, fetch_again
+from comfy_executors.workers.prompts import GraphExecutor
 from comfy_executors.workers.storage import S3Storage
-from comfy_executors.workflows import WorkflowTemplate
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +66,8 @@ class Engine:
         ready_timeout: Seconds that a ComfyUI may take to start.
         outage_timeout: Seconds without an answer after which it has died; it is on this machine.
         downloader: What fetches input images that are given as URLs.
+        comfy_org_api_key: The key of comfy.org that nodes are handed which call paid services,
+            where a job does not bring its own.
     """
 
     def __init__(
@@ -77,19 +78,24 @@ class Engine:
         ready_timeout: float = 300.0,
         outage_timeout: float = 30.0,
         downloader: InputDownloader | None = None,
+        comfy_org_api_key: str | None = None,
     ) -> None:
-        self.executor = ComfyServerWorkflowExecutor(
-            address, max_workers=_QUEUED, outage_timeout=outage_timeout
-        )
+        self.executor = GraphExecutor(address, max_workers=_QUEUED, outage_timeout=outage_timeout)
         self.http = HttpClient(self.executor.url, outage_timeout=outage_timeout)
         self.storage = storage
         self.ready_timeout = ready_timeout
         self.downloader = downloader or InputDownloader()
         self.ledger = Ledger()
+        self._comfy_org_api_key = comfy_org_api_key
 
-    def start(self, document: JobDocument) -> Execution:
-        """Begin a job; iterate over what this returns."""
-        return Execution(self, document)
+    def start(self, document: JobDocument, comfy_org_api_key: str | None = None) -> Execution:
+        """Begin a job; iterate over what this returns.
+
+        Args:
+            document: The job.
+            comfy_org_api_key: Its own key for nodes that call paid services.
+        """
+        return Execution(self, document, comfy_org_api_key or self._comfy_org_api_key)
 
     def close(self) -> None:
         """Cancel what runs and end all threads."""
@@ -108,6 +114,14 @@ class Engine:
         self.close()
 
 
+class _Running(NamedTuple):
+    """A batch that ComfyUI has."""
+
+    item: JobGraph
+    run: WorkflowRun
+    outgoing: OutgoingBatch
+
+
 class Execution:
     """A job while it runs: an iterator of its events as JSON, once over.
 
@@ -118,13 +132,16 @@ class Execution:
         sick: Why ComfyUI can no longer be trusted, if it cannot: jobs should go to a fresh worker.
     """
 
-    def __init__(self, engine: Engine, document: JobDocument) -> None:
+    def __init__(
+        self, engine: Engine, document: JobDocument, comfy_org_api_key: str | None = None
+    ) -> None:
         self._engine = engine
         self._document = document
+        self._comfy_org_api_key = comfy_org_api_key
         self._client = ComfyUIClient(engine.http)
-        self._inbox = Inbox()
+        self._inbox = Inbox(document.options.progress)
         self._waiter = JobWaiter()
-        self._running: dict[int, tuple[JobGraph, WorkflowRun]] = {}
+        self._running: dict[int, _Running] = {}
         self._submitting = threading.Lock()
         self._is_fed = False
         self._claimed = False
@@ -152,7 +169,7 @@ class Execution:
 
     def _finish(self) -> None:
         with self._submitting:
-            runs = [run for _, run in self._running.values()]
+            runs = [running.run for running in self._running.values()]
             claimed, self._claimed = self._claimed, False
         for run in runs:
             run.cancel()
@@ -245,10 +262,14 @@ class Execution:
             if waiting and len(self._running) < room:
                 yield from self._begin(waiting.popleft())
                 continue
-            batch, step = self._inbox.get()
+            batch, news = self._inbox.get()
             self._is_fed = True
-            if step is not None:
-                yield self._event(Progress, batch=batch, event=step)
+            if isinstance(news, ProgressStep):
+                yield self._event(Progress, batch=batch, event=news)
+                continue
+            if isinstance(news, WorkflowOutput):
+                made = self._running[batch].outgoing.add(news)
+                yield from self._send(batch, made, news.data)
                 continue
             yield from self._settle(batch)
             if self.sick and (waiting or self._running):
@@ -257,9 +278,11 @@ class Execution:
     def _begin(self, item: JobGraph) -> Iterator[dict[str, Any]]:
         mark = fingerprint(item, self._document.options)
         made = self._engine.ledger.recall(self._document.request_id, item.batch, mark)
-        finished = fetch_again(made, self._client, self._waiter) if made else None
-        if finished is not None:
-            yield from self._deliver(item, finished)
+        found = fetch_again(made, self._client, self._waiter) if made else None
+        if made is not None and found is not None:
+            while found:
+                yield from self._send(item.batch, *found.popleft())
+            yield self._end_of_batch(item, made)
             return
         try:
             self._submit(item)
@@ -269,69 +292,58 @@ class Execution:
             yield self._failure(item.batch, error)
 
     def _submit(self, item: JobGraph) -> None:
-        options = self._document.options
-        template = WorkflowTemplate.from_graph(item.graph)
         with self._submitting:
             self._waiter.limit(0)
-            run = self._engine.executor.submit_workflow(
-                template,
-                randomize_seed=False,
-                batch_timeout=options.batch_timeout,
-                include_previews=options.include_previews,
-                allow_partial=options.allow_partial,
+            run = self._engine.executor.submit_graph(
+                item,
+                self._document.options,
                 on_progress=partial(self._inbox.progress, item.batch),
+                on_output=partial(self._inbox.output, item.batch),
+                comfy_org_api_key=self._comfy_org_api_key,
             )
-            self._running[item.batch] = item, run
+            self._running[item.batch] = _Running(item, run, OutgoingBatch(item.graph))
         run.futures[0].add_done_callback(lambda _: self._inbox.settle(item.batch))
 
     def _settle(self, batch: int) -> Iterator[dict[str, Any]]:
         with self._submitting:
-            item, run = self._running.pop(batch)
+            item, run, outgoing = self._running.pop(batch)
         (future,) = run.futures
         error = None if future.cancelled() else future.exception()
         if error is not None:
             yield self._failure(batch, error)
             return
-        finished = FinishedBatch.of(future.result(), item.graph)
-        del run, future  # they hold the bytes that are now given up one by one
-        yield from self._deliver(item, finished)
-
-    def _deliver(self, item: JobGraph, finished: FinishedBatch) -> Iterator[dict[str, Any]]:
-        made: list[MadeOutput] = []
-        while finished.outputs:
-            output = finished.outputs.popleft()
-            digest = hashlib.sha256(output.data).hexdigest()
-            yield from self._send(item.batch, len(made), output, digest)
-            made.append(MadeOutput.of(output, digest))
-        self._counts["batches"] += 1
-        self._counts["outputs"] += len(made)
+        result = future.result()
         mark = fingerprint(item, self._document.options)
-        record = MadeBatch(mark, tuple(made), finished.prompt_id, finished.seconds)
-        self._engine.ledger.remember(self._document.request_id, item.batch, record)
-        yield self._event(
+        made = MadeBatch(mark, outgoing.finish(result), result.prompt_id, result.seconds)
+        del run, outgoing, future, result  # they hold the bytes that were passed on
+        self._engine.ledger.remember(self._document.request_id, batch, made)
+        yield self._end_of_batch(item, made)
+
+    def _end_of_batch(self, item: JobGraph, made: MadeBatch) -> dict[str, Any]:
+        self._counts["batches"] += 1
+        self._counts["outputs"] += len(made.outputs)
+        return self._event(
             BatchEnded,
             batch=item.batch,
-            outputs=len(made),
-            prompt_id=finished.prompt_id,
-            seconds=round(finished.seconds, 3),
+            outputs=len(made.outputs),
+            prompt_id=made.prompt_id,
+            seconds=round(made.seconds, 3),
+            numbers=tuple(output.number for output in made.outputs),
         )
 
-    def _send(
-        self, batch: int, number: int, output: WorkflowOutput, digest: str
-    ) -> Iterator[dict[str, Any]]:
-        data = output.data
+    def _send(self, batch: int, made: MadeOutput, data: bytes) -> Iterator[dict[str, Any]]:
         about = {
             "batch": batch,
-            "output": number,
-            "node": output.node_id,
-            "name": output.name,
-            "subfolder": output.subfolder,
-            "type": output.type,
-            "cached": output.cached,
+            "output": made.number,
+            "node": made.node,
+            "name": made.name,
+            "subfolder": made.subfolder,
+            "type": made.type,
+            "cached": made.cached,
             "size": len(data),
-            "sha256": digest,
+            "sha256": made.sha256,
         }
-        url = self._store(batch, number, output.name, data)
+        url = self._store(batch, made.number, made.name, data)
         if url is not None:
             yield self._event(OutputPart, part=0, parts=1, url=url, **about)
             return

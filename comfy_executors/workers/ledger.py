@@ -25,6 +25,7 @@ _KEPT_TYPES = {"output", "temp", "input"}
 class MadeOutput:
     """An output that was delivered, by name; its bytes are in ComfyUI's folder."""
 
+    number: int
     node: str | None
     name: str
     subfolder: str
@@ -33,10 +34,16 @@ class MadeOutput:
     sha256: str
 
     @classmethod
-    def of(cls, output: WorkflowOutput, sha256: str) -> MadeOutput:
-        """Take down an output that was delivered."""
+    def of(cls, number: int, output: WorkflowOutput) -> MadeOutput:
+        """Take down an output that is delivered."""
         return cls(
-            output.node_id, output.name, output.subfolder, output.type, output.cached, sha256
+            number,
+            output.node_id,
+            output.name,
+            output.subfolder,
+            output.type,
+            output.cached,
+            hashlib.sha256(output.data).hexdigest(),
         )
 
     @property
@@ -47,7 +54,7 @@ class MadeOutput:
 
 @dataclass(frozen=True)
 class MadeBatch:
-    """A batch that was delivered."""
+    """A batch that was delivered, its outputs in the order of their nodes."""
 
     fingerprint: str
     outputs: tuple[MadeOutput, ...]

@@ -39,14 +39,24 @@ def official_document(request: Any) -> JobDocument:
     graph, images = request.get("workflow"), request.get("images") or []
     if not isinstance(graph, dict):
         raise _refusal("the input needs a workflow: an object in ComfyUI's API format")
-    if request.get("comfy_org_api_key"):
-        raise _refusal("this worker cannot pass a comfy_org_api_key on")
     if not isinstance(images, list):
         raise InputImageError("images must be a list of objects with name and image")
     files = [_file(item) for item in images]
     document = JobDocument(str(uuid.uuid4()), (JobGraph(0, 1, None, graph),), tuple(files))
     # By way of JSON, so that it is checked like any other.
     return decode_document(encode_document(document))
+
+
+def official_key(request: Mapping[str, Any]) -> str | None:
+    """Return the key of comfy.org in an input, if there is one.
+
+    Raises:
+        WorkflowRejectedError: It is no text.
+    """
+    key = request.get("comfy_org_api_key")
+    if key is not None and not isinstance(key, str):
+        raise _refusal("comfy_org_api_key must be a string")
+    return key
 
 
 def official_answer(execution: Execution) -> dict[str, Any]:

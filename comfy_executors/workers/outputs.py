@@ -1,4 +1,4 @@
-"""The outputs of a finished batch, on their way into events; fetched again in a second attempt."""
+"""The outputs of a batch on their way into events; fetched again in a second attempt."""
 
 from __future__ import annotations
 
@@ -6,63 +6,67 @@ import contextlib
 import hashlib
 import logging
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 from comfy_executors.clients.comfyui import ComfyUIClient
 from comfy_executors.errors import WorkflowCancelledError
 from comfy_executors.images import WorkflowOutput
 from comfy_executors.runs import BatchResult
-from comfy_executors.workers.ledger import MadeBatch
+from comfy_executors.workers.ledger import MadeBatch, MadeOutput
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class FinishedBatch:
-    """What a batch made; outputs leave it one by one, so that their bytes can go.
+class OutgoingBatch:
+    """The outputs of a batch as they are passed on, and what becomes of them.
 
     Args:
-        outputs: By the places of their nodes in the graph, which are the same on every worker.
-        prompt_id: The prompt on ComfyUI.
-        seconds: How long it took.
+        graph: The batch's graph.
     """
 
-    outputs: deque[WorkflowOutput]
-    prompt_id: str | None
-    seconds: float
+    def __init__(self, graph: Mapping[str, Any]) -> None:
+        self._places = {node: place for place, node in enumerate(graph)}
+        self._counts: Counter[str | None] = Counter()
+        self._prompt_id: str | None = None
+        self._sent: list[tuple[WorkflowOutput, MadeOutput]] = []
 
-    @classmethod
-    def of(cls, result: BatchResult, graph: Mapping[str, Any]) -> FinishedBatch:
-        """Take over a result; its own lists may then go."""
-        places = {node: place for place, node in enumerate(graph)}
-        outputs: Iterable[WorkflowOutput] = (*result.images, *result.outputs)
-        in_order = sorted(outputs, key=lambda o: places.get(o.node_id or "", len(places)))
-        return cls(deque(in_order), result.prompt_id, result.seconds)
+    def add(self, output: WorkflowOutput) -> MadeOutput:
+        """Number an output, which follows from its node and its place among those of the node."""
+        if output.prompt_id != self._prompt_id:  # the batch is run again
+            self._prompt_id = output.prompt_id
+            self._counts.clear()
+        node = output.node_id
+        number = self._counts[node] * (len(self._places) + 1) + self._place(node)
+        self._counts[node] += 1
+        made = MadeOutput.of(number, output)
+        self._sent.append((output, made))
+        return made
+
+    def finish(self, result: BatchResult) -> tuple[MadeOutput, ...]:
+        """Return what of it is in the batch's result, in the order of the nodes."""
+        final = {id(output) for output in (*result.images, *result.outputs)}
+        made = [item for output, item in self._sent if id(output) in final]
+        return tuple(sorted(made, key=lambda item: (self._place(item.node), item.number)))
+
+    def _place(self, node: str | None) -> int:
+        return self._places.get(node or "", len(self._places))
 
 
-def fetch_again(made: MadeBatch, client: ComfyUIClient, waiter: JobWaiter) -> FinishedBatch | None:
+def fetch_again(
+    made: MadeBatch, client: ComfyUIClient, waiter: JobWaiter
+) -> deque[tuple[MadeOutput, bytes]] | None:
     """Fetch what a batch made in an earlier attempt; None where that is gone or was changed."""
-    outputs: deque[WorkflowOutput] = deque()
+    found: deque[tuple[MadeOutput, bytes]] = deque()
     for output in made.outputs:
         data = client.view(output.name, output.subfolder, output.type, waiter)
         if data is None or hashlib.sha256(data).hexdigest() != output.sha256:
             logger.info("a batch is run again: %s is gone or was changed", output.name)
             return None
-        outputs.append(
-            WorkflowOutput(
-                data,
-                name=output.name,
-                subfolder=output.subfolder,
-                type=output.type,
-                node_id=output.node,
-                cached=output.cached,
-            )
-        )
-    return FinishedBatch(outputs, made.prompt_id, made.seconds)
+        found.append((output, data))
+    return found
 
 
 class JobWaiter:

@@ -7,6 +7,8 @@ It speaks our job documents, whose events it streams, and the input of the offic
 - `COMFYUI_READY_TIMEOUT`: seconds that it may take to start; 300 by default.
 - `BUCKET_ENDPOINT_URL`, `BUCKET_ACCESS_KEY_ID`, `BUCKET_SECRET_ACCESS_KEY`, `BUCKET_NAME`: an
   S3-compatible bucket for the outputs.
+- `COMFY_ORG_API_KEY`: the key of comfy.org for nodes that call paid services; an official input's
+  `comfy_org_api_key` comes first.
 - `INPUT_URLS_ALLOW_PRIVATE`: `1` lets input images come from private addresses, too.
 """
 
@@ -27,7 +29,7 @@ from comfy_executors.errors import ComfyExecutorsError, MissingExtraError, Workf
 from comfy_executors.wire import DOCUMENT_KEY, End, Failed, decode_request, encode_event
 from comfy_executors.workers.downloads import InputDownloader
 from comfy_executors.workers.engine import Engine, Execution
-from comfy_executors.workers.official import official_answer, official_document
+from comfy_executors.workers.official import official_answer, official_document, official_key
 from comfy_executors.workers.runpod_stops import EarlyStops
 from comfy_executors.workers.storage import S3Storage
 
@@ -87,11 +89,18 @@ class RunPodWorker:
                 yield answer
                 return
             result = _Result()
+            held: list[dict[str, Any]] = []
             while (event := await asyncio.to_thread(next, execution, None)) is not None:
                 self._look_after(execution)
-                yield event
-                if self._shrink_result:
-                    result.shrink(event)
+                held.append(event)
+                # Alone it tells nothing that its status does not, and it would be a poll more.
+                if event["kind"] == "started":
+                    continue
+                for ready in held:
+                    yield ready
+                    if self._shrink_result:
+                        result.shrink(ready)
+                held.clear()
 
     def close(self) -> None:
         """Cancel what runs and end all threads."""
@@ -102,12 +111,13 @@ class RunPodWorker:
 
     def _start(self, request: Any, is_ours: bool) -> Execution:
         document = decode_request(request) if is_ours else official_document(request)
+        key = None if is_ours else official_key(request)
         with self._engine_lock:
             # Not when the worker starts: a wrong setting is told to whoever sent the job, while
             # a worker that cannot start would only be started again, for money.
             if self._engine is None:
                 self._engine = engine_from_environment(self._environment)
-            return self._engine.start(document)
+            return self._engine.start(document, key)
 
     def _look_after(self, execution: Execution) -> None:
         """Ask for a fresh worker when ComfyUI is sick.
@@ -138,6 +148,7 @@ def engine_from_environment(environment: Mapping[str, str]) -> Engine:
         storage=S3Storage.from_environment(environment),
         ready_timeout=ready_timeout,
         downloader=InputDownloader(allow_private=allow_private),
+        comfy_org_api_key=environment.get("COMFY_ORG_API_KEY") or None,
     )
 
 

@@ -25,7 +25,11 @@ from comfy_executors.errors import (
     WorkflowRejectedError,
     WorkflowTimeoutError,
 )
+from comfy_executors.images import WorkflowOutput
+from comfy_executors.runs import BatchResult
+from comfy_executors.workers import inbox
 from comfy_executors.workers.engine import Engine, Execution
+from comfy_executors.workers.outputs import OutgoingBatch
 
 
 @pytest.fixture
@@ -130,7 +134,82 @@ def test_outputs_are_numbered_by_their_nodes_places_in_the_graph(engine: Engine)
     }
     (batch,) = run(engine, document(graph)).batches.values()
     assert [output.node for output in batch.outputs] == ["9", "5", "2"]
-    assert [output.output for output in batch.outputs] == [0, 1, 2]
+    assert [output.output for output in batch.outputs] == [0, 2, 3]
+
+
+def test_a_node_of_several_images_has_several_numbers(engine: Engine) -> None:
+    (batch,) = run(engine, bench_document(1, batch_size=3)).batches.values()
+    assert [output.output for output in batch.outputs] == [1, 4, 7]
+    assert [output.name for output in batch.outputs] == [f"t_0000{n}_.png" for n in (1, 2, 3)]
+
+
+def two_chains(seconds: float, **slow: Any) -> dict[str, Any]:
+    """A picture at once, and then another one after a while."""
+    late = {
+        "3": bench_graph(seconds, seed=5, text=["1", 1], **slow)["1"],
+        "4": node("SaveImage", images=["3", 0], filename_prefix="late"),
+    }
+    return {**bench_graph(), **late}
+
+
+def test_an_output_comes_while_the_rest_of_its_graph_runs(
+    server: DevServer, engine: Engine
+) -> None:
+    job = document(two_chains(ENDLESS, steps=1000))
+    execution = engine.start(job)
+    event = until(execution, "output")[-1]
+    assert (event["node"], statuses(server)) == ("2", {"running": 1})
+    execution.cancel()
+
+
+def test_outputs_of_a_batch_that_fails_later_are_followed_by_its_error(engine: Engine) -> None:
+    job = document(two_chains(0.0, fail="out of luck"), bench_graph(seed=9))
+    answer = run(engine, job)
+    assert answer.kinds["output"] == 2
+    assert list(answer.batches) == [1]
+    assert isinstance(answer.failures[0], NodeExecutionError)
+    assert answer.events[-1]["outputs"] == 1
+
+
+def test_a_batch_that_is_run_again_is_numbered_anew() -> None:
+    outgoing = OutgoingBatch({"1": {}, "2": {}, "3": {}})
+    outputs = [
+        WorkflowOutput(name.encode(), name=name, node_id=node_id, prompt_id=prompt_id)
+        for prompt_id, node_id, name in [
+            ("first", "3", "a"), ("first", "2", "b"), ("second", "2", "c"), ("second", "3", "d"),
+            ("second", "2", "e"), ("second", None, "f"),
+        ]
+    ]  # fmt: skip
+    assert [outgoing.add(output).number for output in outputs] == [2, 1, 1, 2, 5, 3]
+    made = outgoing.finish(BatchResult(0, [], outputs[2:]))
+    assert [(item.name, item.number) for item in made] == [("c", 1), ("e", 5), ("d", 2), ("f", 3)]
+
+
+def test_little_progress_is_told_when_nobody_looks(engine: Engine) -> None:
+    job = document(bench_graph(0.5, steps=50), options=wire.JobOptions(progress=False))
+    assert run(engine, job).kinds["progress"] == 0
+
+
+def test_what_nobody_looks_at_is_told_now_and_then(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inbox, "_UNWATCHED_GAP_SECONDS", 0.1)
+    options = wire.JobOptions(progress=False)
+    job = document(bench_graph(ENDLESS, steps=10_000), options=options)
+    execution = engine.start(job)
+    assert until(execution, "progress")[-1]["event"]["kind"] in ("node", "step", "started")
+    execution.cancel()
+
+
+def test_the_key_of_comfy_org_goes_along_with_each_prompt(server: DevServer) -> None:
+    with Engine(server.url, comfy_org_api_key="the endpoint's") as engine:
+        for key in (None, "the job's"):
+            list(engine.start(bench_document(1), key))
+    with Engine(server.url) as engine:
+        list(engine.start(bench_document(1)))
+    history = requests.get(f"{server.url}/history", timeout=PATIENCE).json()
+    sent = [history[p.prompt_id]["prompt"][3].get("api_key_comfy_org") for p in server.prompts]
+    assert sent == ["the endpoint's", "the job's", None]
 
 
 def test_previews_come_only_when_they_are_wanted(engine: Engine) -> None:
