@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -28,6 +29,7 @@ from comfy_executors.clients.runpod_answers import (
     parse_status,
     parse_stream,
 )
+from comfy_executors.clients.runpod_chunks import ChunkFile
 from comfy_executors.clients.runpod_http import RunPodHttp, words_of
 from comfy_executors.clients.runpod_limits import limiter_of
 from comfy_executors.clients.runpod_payload import check_range, encode, too_large
@@ -52,6 +54,7 @@ _ANSWER_SECONDS = 1.0
 _EARLY_SECONDS = 5.0
 _YOUNG_SECONDS = 60.0
 _PAUSE_SECONDS = 1.0
+_LARGE_BYTES = 4 * 1024 * 1024  # of an answer that is read from a file
 
 
 class RunPodClient:
@@ -102,6 +105,11 @@ class RunPodClient:
     def close(self) -> None:
         """Close the connections."""
         self._http.close()
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether many streams are asked for at once: none of them should be held for long."""
+        return self._limiter["stream"].is_crowded
 
     def __repr__(self) -> str:
         return f"<RunPodClient {self.url}>"
@@ -176,7 +184,17 @@ class RunPodClient:
             left = waiter.limit(wait + _ANSWER_SECONDS) - _ANSWER_SECONDS
             return {"wait": str(int(1000 * min(high, max(low, left))))}
 
-        return self._job_call("stream", "GET", job_id, waiter, parse_stream, params)
+        path = f"/stream/{_quoted(job_id)}"
+
+        def once() -> RunPodStream:
+            body = tempfile.SpooledTemporaryFile(_LARGE_BYTES)  # noqa: SIM115  goes with its answer
+            try:
+                return self._stream_once(job_id, path, params(), body, waiter)
+            except BaseException:
+                body.close()
+                raise
+
+        return self._http.retry(once, waiter)
 
     def cancel(self, job_id: str, waiter: Waiter) -> RunPodStatus | None:
         """Cancel a job, queued or running, and ask what became of it.
@@ -241,6 +259,21 @@ class RunPodClient:
 
     # Inside.
 
+    def _stream_once(
+        self, job_id: str, path: str, params: Mapping[str, str], body: Any, waiter: Waiter
+    ) -> RunPodStream:
+        answer = self._call("stream", "GET", path, waiter, accept=(404,), params=params, into=body)
+        self._check_known(job_id, answer)
+        if body.tell() < _LARGE_BYTES:
+            with body:
+                body.seek(0)
+                return self._read(answer._replace(content=body.read()), parse_stream, path)
+        try:
+            chunks = ChunkFile(body)
+        except ValueError as error:
+            raise self._unreadable(answer, path) from error
+        return RunPodStream(chunks.status, chunks)
+
     def _asked(self, operation: str, method: str, waiter: Waiter, parse: Callable[[Any], T]) -> T:
         path = f"/{operation}"
 
@@ -256,14 +289,11 @@ class RunPodClient:
         job_id: str,
         waiter: Waiter,
         parse: Callable[[Any], T],
-        params: Callable[[], Mapping[str, str]] = dict,
     ) -> T:
         path = f"/{operation}/{_quoted(job_id)}"
 
         def once() -> T:
-            answer = self._call(
-                operation, method, path, waiter, accept=(404,), params=params() or None
-            )
+            answer = self._call(operation, method, path, waiter, accept=(404,))
             self._check_known(job_id, answer)
             return self._read(answer, parse, path)
 
@@ -285,19 +315,22 @@ class RunPodClient:
         try:
             body = answer.json()
         except ValueError as error:
-            # A page of something in between, such as a proxy; it may be gone soon.
-            raise ServerResponseError(
-                f"{self.url} answers {path} with {words_of(answer)}",
-                self.url,
-                answer.status,
-                transient=True,
-            ) from error
+            raise self._unreadable(answer, path) from error
         try:
             return parse(body)
         except ValueError as error:
             raise ServerResponseError(
                 f"{self.url} answers {path} with {answer.status}: {error}", self.url, answer.status
             ) from error
+
+    def _unreadable(self, answer: Answer, path: str) -> ServerResponseError:
+        # A page of something in between, such as a proxy; it may be gone soon.
+        return ServerResponseError(
+            f"{self.url} answers {path} with {words_of(answer)}",
+            self.url,
+            answer.status,
+            transient=True,
+        )
 
     def _submit(self, body: bytes, waiter: Waiter, request_id: str | None) -> RunPodJob:
         limiter = self._limiter["run"]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from comfy_executors.clients.runpod_chunks import ChunkFile
 from comfy_executors.errors import (
     JobError,
     JobInterruptedError,
@@ -170,16 +171,22 @@ class RunPodStream:
 
     Args:
         status: The job's status then; empty when RunPod did not say.
-        chunks: What the worker yielded, as any JSON, in the order that RunPod gives.
+        chunks: What the worker yielded, as any JSON, in the order that RunPod gives. Many are read
+            from a file as they are iterated over, until the answer is closed.
     """
 
     status: str
-    chunks: tuple[Any, ...] = field(repr=False)
+    chunks: tuple[Any, ...] | ChunkFile = field(repr=False)
 
     @property
     def is_drained(self) -> bool:
         """Whether nothing more can come: the job has ended and there was nothing left."""
         return self.status in TERMINAL and not self.chunks
+
+    def close(self) -> None:
+        """Give the file back that a large answer has."""
+        if isinstance(self.chunks, ChunkFile):
+            self.chunks.close()
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,11 @@ class RateLimiter:
                 self._running -= 1
                 self._changed.notify()
 
+    @property
+    def is_crowded(self) -> bool:
+        """Whether more than a third of the calls that may run at once do."""
+        return 3 * self._running > self._limit.concurrent
+
     def pause(self, seconds: float) -> None:
         """Let nobody pass for so long, because the service says that there were too many calls."""
         with self._changed:

@@ -29,8 +29,9 @@ from comfy_executors.executors.runpod_attached import (
     Attachment,
     unknown_graph,
 )
-from comfy_executors.executors.runpod_job import JobLimits, RunPodJobRun, cancel_job
+from comfy_executors.executors.runpod_job import RunPodJobRun, cancel_job
 from comfy_executors.executors.runpod_official import OfficialWorker
+from comfy_executors.executors.runpod_pace import JobLimits
 from comfy_executors.executors.runpod_queue import QueueWatch
 from comfy_executors.graphs import whole_number
 from comfy_executors.images import InputImageSet, InputImageSource
@@ -163,7 +164,8 @@ class RunPodWorkflowExecutor(BaseWorkflowExecutor):
         attachment = Attachment(job_id, first_batch)
         self._unfollowed[attachment] = job_id
         try:
-            attachment.run = self._start(batches, AttachedJob((), attachment=attachment), options)
+            job = AttachedJob((), output_dir=options.output_dir, attachment=attachment)
+            attachment.run = self._start(batches, job, options)
         except BaseException:
             self._unfollowed.pop(attachment, None)
             raise
@@ -218,15 +220,10 @@ class RunPodWorkflowExecutor(BaseWorkflowExecutor):
         most = len(waiting)
         while waiting:
             joined = self._join_graphs(waiting[:most], job, control)
-            run = self._new_run(
-                {item.batch: batches[item.batch] for item in waiting}, joined, control
-            )
-            try:
-                run.submit(self._request(waiting, joined, job, control), control.job_id)
-                yield from run.follow()
-            except BaseException:
-                run.cancel()
-                raise
+            mine = {item.batch: batches[item.batch] for item in waiting}
+            run = self._new_run(mine, joined, job, control)
+            run.submit(self._request(waiting, joined, job, control), control.job_id)
+            yield from run.follow()
             if run.started or joined is None:
                 self._found_worker = "comfy-executors" if run.started else self._found_worker
                 run.raise_for_rest()
@@ -253,13 +250,11 @@ class RunPodWorkflowExecutor(BaseWorkflowExecutor):
         attachment = job.attachment
         self._unfollowed.pop(attachment, None)
         batches = {attachment.first_batch + batch.index: batch for batch in job.batches}
-        run = RunPodJobRun(self._client, control, batches, self._limits, self._watch)
+        run = RunPodJobRun(
+            self._client, control, batches, self._limits, self._watch, output_dir=job.output_dir
+        )
         run.attach(attachment.job_id)
-        try:
-            yield from run.follow()
-        except BaseException:
-            run.cancel()
-            raise
+        yield from run.follow()
         if run.output is None:
             run.raise_for_rest()
             return
@@ -293,7 +288,11 @@ class RunPodWorkflowExecutor(BaseWorkflowExecutor):
         return join(waiting[:fitting], control.job_id.partition("-")[0])
 
     def _new_run(
-        self, batches: Mapping[int, Batch], joined: JoinedGraph | None, control: JobControl
+        self,
+        batches: Mapping[int, Batch],
+        joined: JoinedGraph | None,
+        job: Job,
+        control: JobControl,
     ) -> RunPodJobRun:
         limits = self._limits
         announced: tuple[int, ...] = ()
@@ -307,7 +306,9 @@ class RunPodWorkflowExecutor(BaseWorkflowExecutor):
                     limits,
                     execution_timeout=min(limits.execution_timeout, max(low, seconds)),
                 )
-        return RunPodJobRun(self._client, control, batches, limits, self._watch, announced)
+        return RunPodJobRun(
+            self._client, control, batches, limits, self._watch, announced, job.output_dir
+        )
 
     def _request(
         self,
@@ -328,7 +329,12 @@ class RunPodWorkflowExecutor(BaseWorkflowExecutor):
             control.job_id,
             tuple(graphs),
             images.unique if isinstance(images, RemoteInputImageSet) else (),
-            JobOptions(job.include_previews, job.allow_partial, control.batch_timeout),
+            JobOptions(
+                job.include_previews,
+                job.allow_partial,
+                control.batch_timeout,
+                control.wants_progress,
+            ),
         )
 
     def _close_backend(self) -> None:

@@ -1,23 +1,22 @@
 """One job on RunPod: submit it, follow its stream, and turn what comes into results.
 
 The stream is asked with long polls that RunPod answers when there is something; each answer also
-tells the status. What a stream has lost is looked for in the job's final result.
+tells the status. What a stream has lost is looked for in the job's final result. How the polls are
+paced stands in runpod_pace.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import random
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Union
 
 from comfy_executors.clients.http import DeadlineWaiter
 from comfy_executors.clients.result_files import fetch_result
 from comfy_executors.clients.runpod import RunPodClient
 from comfy_executors.clients.runpod_answers import (
-    IN_QUEUE,
     TERMINAL,
     RunPodStatus,
     RunPodStream,
@@ -32,6 +31,7 @@ from comfy_executors.errors import (
     WorkflowError,
 )
 from comfy_executors.executors.control import JobControl
+from comfy_executors.executors.runpod_pace import LEAST_WAIT, Clock, JobLimits, Pace
 from comfy_executors.executors.runpod_queue import QueueWatch
 from comfy_executors.images import WorkflowOutput, WorkflowOutputImage, kind_of
 from comfy_executors.runs import Batch, BatchFailure, BatchResult, ProgressEvent
@@ -49,25 +49,9 @@ logger = logging.getLogger(__name__)
 
 Settled = Union[BatchResult, BatchFailure]
 
-_FIRST_WAIT = 1.0  # the shortest that RunPod holds an answer
-_LONGEST_WAIT = 5.0
-_FIRST_PAUSE = 0.5
-_GROWTH = 1.5
-_LEAST_GAP = 0.35  # between the starts of two polls: below three a second while images come
 _STUCK_SECONDS = 30.0
-_EXPLAIN_SECONDS = 15.0
 _CANCEL_SECONDS = 20.0
-_OVERTIME_SECONDS = 30.0  # RunPod ends jobs some seconds after their limit
 _TTL_SLACK = 60.0
-
-
-@dataclass(frozen=True)
-class JobLimits:
-    """What a job is submitted with; see `RunPodWorkflowExecutor`."""
-
-    queue_timeout: float
-    execution_timeout: float
-    resubmit: bool
 
 
 class RunPodJobRun:
@@ -81,6 +65,7 @@ class RunPodJobRun:
         watch: Who explains a queue that does not move.
         announced: The batches of a worker that tells no progress: they count as started when the
             job does.
+        output_dir: Where outputs are saved as they come, if anywhere.
 
     Attributes:
         job_id: RunPod's id of the job, once it was submitted.
@@ -97,20 +82,23 @@ class RunPodJobRun:
         limits: JobLimits,
         watch: QueueWatch,
         announced: Sequence[int] = (),
+        output_dir: Path | None = None,
     ) -> None:
         self._client = client
         self._control = control
         self._batches = batches
         self._limits = limits
         self._watch = watch
-        self._assembler = Assembler(batches)
+        self._output_dir = output_dir
+        self._assembler = Assembler(batches, keeps_data=False)
+        self._made: dict[int, dict[int, WorkflowOutput]] = {}  # of batches that are not complete
         self._lost: list[str] = []
         self.job_id: str | None = None
         self.started = False
         self.status: RunPodStatus | None = None
         self.output: Any = None
         self._announced = list(announced)
-        self._pace = _Pace()
+        self._pace = Pace(lambda: client.is_crowded)
         self._ended = False
 
     # Submitting and cancelling.
@@ -157,12 +145,26 @@ class RunPodJobRun:
     # Following.
 
     def follow(self) -> Iterator[Settled]:
-        """Yield what becomes of each batch, until all are settled or the job has ended."""
-        clock = _Clock(self._limits)
+        """Yield what becomes of each batch, until all are settled or the job has ended.
+
+        Who leaves it before cancels the job.
+        """
+        try:
+            yield from self._follow()
+        except BaseException:
+            self.cancel()
+            raise
+        finally:
+            for batch in list(self._made):
+                self._discard(batch)
+
+    def _follow(self) -> Iterator[Settled]:
+        clock = Clock(self._limits)
         while self._assembler.unsettled:
             answer = self._poll(clock)
-            for chunk in answer.chunks:
-                yield from self._take(chunk)
+            with contextlib.closing(answer):
+                for chunk in answer.chunks:
+                    yield from self._take(chunk)
             status = answer.status or self._ask().status
             clock.see(status)
             if not clock.in_queue:
@@ -185,9 +187,9 @@ class RunPodJobRun:
             event = ProgressEvent("started", self._announced.pop(0), job_id=self.job_id)
             self._control.progress(event)
 
-    def _poll(self, clock: _Clock) -> RunPodStream:
+    def _poll(self, clock: Clock) -> RunPodStream:
         assert self.job_id is not None
-        wait = max(_FIRST_WAIT, min(self._pace.begin(self._control), clock.left()))
+        wait = max(LEAST_WAIT, min(self._pace.begin(self._control), clock.left()))
         answer = self._client.stream(self.job_id, wait, self._control)
         self._pace.end(bool(answer.chunks) or answer.status in TERMINAL, self._control)
         return answer
@@ -198,10 +200,8 @@ class RunPodJobRun:
 
     def _read_result(self) -> Iterator[Settled]:
         """Look into the final result for what the stream did not bring."""
-        pause = _FIRST_PAUSE
         while not (status := self._ask()).is_terminal:
-            self._control.sleep(pause)
-            pause = min(_LONGEST_WAIT, _GROWTH * pause)
+            self._pace.rest(self._control)
         self.status = status
         self._ended = True
         if status.status == "COMPLETED" and not isinstance(status.output, list):
@@ -209,7 +209,7 @@ class RunPodJobRun:
         for event in status.output if isinstance(status.output, list) else ():
             yield from self._take(event)
 
-    def _keep_limits(self, clock: _Clock) -> None:
+    def _keep_limits(self, clock: Clock) -> None:
         assert self.job_id is not None
         if clock.in_queue and clock.seconds >= _STUCK_SECONDS and clock.explain_again():
             self._explain()
@@ -255,7 +255,10 @@ class RunPodJobRun:
             self.started = True
         elif isinstance(news, Progress):
             self._report(news)
+        elif isinstance(news, WholeOutput):
+            self._keep(news)
         elif isinstance(news, Failed) and news.batch is not None:
+            self._discard(news.batch)
             return BatchFailure(self._batches[news.batch].index, self.name_job(news.error))
         elif isinstance(news, CompleteBatch):
             return self._result(news)
@@ -273,15 +276,31 @@ class RunPodJobRun:
             error.job_id = self.job_id
         return error
 
+    def _keep(self, whole: WholeOutput) -> None:
+        data = whole.data if whole.data is not None else self._fetch(whole)
+        if data is None:
+            self._lost.append(f"{whole.name} of batch {whole.batch}")
+            return
+        output = self._output(whole, data)
+        if self._output_dir is not None:
+            output._save_and_release(self._output_dir)
+        self._made.setdefault(whole.batch, {})[whole.output] = output
+
+    def _discard(self, batch: int) -> None:
+        """Remove what was saved of a batch that is not complete."""
+        for output in self._made.pop(batch, {}).values():
+            if output.path is not None:
+                output.path.unlink(missing_ok=True)
+
     def _result(self, complete: CompleteBatch) -> Settled | None:
+        made = self._made.get(complete.batch, {})
+        if any(whole.output not in made for whole in complete.outputs):
+            return None  # it could not be fetched
+        # What else there is was made by another attempt, and is not part of this one.
+        outputs = [made.pop(whole.output) for whole in complete.outputs]
+        for output in outputs:
+            output.prompt_id = complete.prompt_id
         batch = self._batches[complete.batch]
-        outputs: list[WorkflowOutput] = []
-        for output in complete.outputs:
-            data = output.data if output.data is not None else self._fetch(output)
-            if data is None:
-                self._lost.append(f"output {output.output} of batch {output.batch}")
-                return None
-            outputs.append(self._output(batch, complete, output, data))
         images = [output for output in outputs if isinstance(output, WorkflowOutputImage)]
         return BatchResult(
             batch.index,
@@ -302,21 +321,19 @@ class RunPodJobRun:
             return None
         return data if output.matches(data) else None
 
-    def _output(
-        self, batch: Batch, complete: CompleteBatch, output: WholeOutput, data: bytes
-    ) -> WorkflowOutput:
-        is_image = kind_of(output.name) == "image"
+    def _output(self, whole: WholeOutput, data: bytes) -> WorkflowOutput:
+        batch = self._batches[whole.batch]
+        is_image = kind_of(whole.name) == "image"
         return (WorkflowOutputImage if is_image else WorkflowOutput)(
             data,
-            name=output.name,
-            subfolder=output.subfolder,
-            type=output.type,
-            node_id=output.node,
+            name=whole.name,
+            subfolder=whole.subfolder,
+            type=whole.type,
+            node_id=whole.node,
             batch_index=batch.index,
             seed=batch.seed,
-            prompt_id=complete.prompt_id,
             server=self._client.url,
-            cached=output.cached,
+            cached=whole.cached,
         )
 
     # Ending.
@@ -350,65 +367,3 @@ def cancel_job(client: RunPodClient, job_id: str) -> None:
         client.cancel(job_id, DeadlineWaiter(_CANCEL_SECONDS))
     except (ServerError, WaitTimeoutError) as error:
         logger.warning("job %s on %s may run on: %s", job_id, client.url, error)
-
-
-class _Pace:
-    """How long polls wait and how far apart they are."""
-
-    def __init__(self) -> None:
-        self._wait = _FIRST_WAIT
-        self._pause = _FIRST_PAUSE
-        self._begun = float("-inf")
-
-    def begin(self, control: JobControl) -> float:
-        """Wait for the next poll's turn; return the seconds that RunPod may hold it."""
-        gap = self._begun + _LEAST_GAP - time.monotonic()
-        if gap > 0:
-            control.sleep(gap)
-        self._begun = time.monotonic()
-        return self._wait
-
-    def end(self, is_news: bool, control: JobControl) -> None:
-        """Take down what a poll brought; after an answer that was not held, wait here."""
-        if is_news:
-            self._wait, self._pause = _FIRST_WAIT, _FIRST_PAUSE
-            return
-        if time.monotonic() - self._begun < 0.9 * _FIRST_WAIT:
-            control.sleep(self._pause * random.uniform(0.8, 1.2))
-            self._pause = min(_LONGEST_WAIT, _GROWTH * self._pause)
-        self._wait = min(_LONGEST_WAIT, _GROWTH * self._wait)
-
-
-class _Clock:
-    """The two budgets of a job: waiting, and running."""
-
-    def __init__(self, limits: JobLimits) -> None:
-        self._limits = limits
-        self.in_queue = True
-        self._since = time.monotonic()
-        self._explained = float("-inf")
-
-    @property
-    def seconds(self) -> float:
-        """How long it has been waiting or running."""
-        return time.monotonic() - self._since
-
-    def see(self, status: str) -> None:
-        """Take down a status; each change begins a budget anew."""
-        in_queue = status == IN_QUEUE
-        if in_queue != self.in_queue:
-            self.in_queue = in_queue
-            self._since = time.monotonic()
-
-    def left(self) -> float:
-        """Return what is left of the budget, at least 0."""
-        if self.in_queue:
-            return max(0.0, self._limits.queue_timeout - self.seconds)
-        return max(0.0, self._limits.execution_timeout + _OVERTIME_SECONDS - self.seconds)
-
-    def explain_again(self) -> bool:
-        """Tell, every 15 seconds once, whether the queue wants an explanation."""
-        again = self.seconds - self._explained >= _EXPLAIN_SECONDS
-        if again:
-            self._explained = self.seconds
-        return again

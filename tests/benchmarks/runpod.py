@@ -121,8 +121,9 @@ def _work(stub: RunPodStub, worker_id: str, stopping: threading.Event) -> None:
 
 
 def _events(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    yield encode_event(Started(0, 1, document["request_id"], "comfy-executors", "0", 1))
+    """Make what our worker sends when nobody looks at the progress: nothing before an output."""
     threading.Event().wait(_SECONDS)
+    yield encode_event(Started(0, 1, document["request_id"], "comfy-executors", "0", 1))
     (graph,) = document["graphs"]
     batch, data = graph["batch"], b"picture"
     digest = sha256(data).hexdigest()

@@ -1,0 +1,121 @@
+"""When a job on RunPod is asked for: how long polls wait, how far apart they are, what is too late.
+
+RunPod holds a poll of the stream until there is something, so that waiting costs little and news
+come at once. What a worker sends comes in bursts, chunk by chunk: after the first one the next poll
+is left a moment, to bring the rest.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from comfy_executors.clients.runpod_answers import IN_QUEUE
+from comfy_executors.executors.control import JobControl
+
+LEAST_WAIT = 1.0  # the shortest that RunPod holds an answer
+_FIRST_WAIT = 2.0
+_LONGEST_WAIT = 5.0
+_FIRST_PAUSE = 0.5
+_GROWTH = 1.5
+_HELD_SECONDS = 0.9 * LEAST_WAIT
+_POLLS_PER_SECOND = 2.5  # while images come
+_SAVED_POLLS = 2.0  # how many may follow each other at once after a quiet time
+_GATHER_SECONDS = 0.03  # from news to the next poll
+_EXPLAIN_SECONDS = 15.0
+_OVERTIME_SECONDS = 30.0  # RunPod ends jobs some seconds after their limit
+
+
+@dataclass(frozen=True)
+class JobLimits:
+    """What a job is submitted with; see `RunPodWorkflowExecutor`."""
+
+    queue_timeout: float
+    execution_timeout: float
+    resubmit: bool
+
+
+class Pace:
+    """How long the polls of a job wait, and how far apart they are.
+
+    Args:
+        is_crowded: Tells whether so many jobs are followed that none may hold a poll for long.
+    """
+
+    def __init__(self, is_crowded: Callable[[], bool]) -> None:
+        self._is_crowded = is_crowded
+        self._wait = _FIRST_WAIT
+        self._pause = _FIRST_PAUSE
+        self._begun = time.monotonic()
+        self._saved = _SAVED_POLLS
+        self._next = self._begun
+
+    def begin(self, control: JobControl) -> float:
+        """Wait for the next poll's turn; return the seconds that RunPod may hold it."""
+        self._save()
+        left = max(self._next - self._begun, (1.0 - self._saved) / _POLLS_PER_SECOND)
+        if left > 0:
+            control.sleep(left)
+            self._save()
+        self._saved -= 1.0
+        return LEAST_WAIT if self._is_crowded() else self._wait
+
+    def _save(self) -> None:
+        """Go on to the present time; what was not polled meanwhile may be polled later."""
+        now = time.monotonic()
+        more = (now - self._begun) * _POLLS_PER_SECOND
+        self._saved = min(_SAVED_POLLS, self._saved + more)
+        self._begun = now
+
+    def end(self, is_news: bool, control: JobControl) -> None:
+        """Take down what a poll brought; after an answer that was not held, wait here."""
+        now = time.monotonic()
+        if is_news:
+            self._wait, self._pause = _FIRST_WAIT, _FIRST_PAUSE
+            self._next = now + _GATHER_SECONDS
+            return
+        if now - self._begun < _HELD_SECONDS or self._is_crowded():
+            self.rest(control)
+        self._wait = min(_LONGEST_WAIT, _GROWTH * self._wait)
+
+    def rest(self, control: JobControl) -> None:
+        """Wait longer from time to time, and not in step with others."""
+        control.sleep(self._pause * random.uniform(0.8, 1.2))
+        self._pause = min(_LONGEST_WAIT, _GROWTH * self._pause)
+
+
+class Clock:
+    """The two budgets of a job: waiting, and running."""
+
+    def __init__(self, limits: JobLimits) -> None:
+        self._limits = limits
+        self.in_queue = True
+        self._since = time.monotonic()
+        self._explained = float("-inf")
+
+    @property
+    def seconds(self) -> float:
+        """How long it has been waiting or running."""
+        return time.monotonic() - self._since
+
+    def see(self, status: str) -> None:
+        """Take down a status; each change begins a budget anew."""
+        in_queue = status == IN_QUEUE
+        if in_queue != self.in_queue:
+            self.in_queue = in_queue
+            self._since = time.monotonic()
+
+    def left(self) -> float:
+        """Return what is left of the budget, at least 0."""
+        if self.in_queue:
+            return max(0.0, self._limits.queue_timeout - self.seconds)
+        return max(0.0, self._limits.execution_timeout + _OVERTIME_SECONDS - self.seconds)
+
+    def explain_again(self) -> bool:
+        """Tell, every 15 seconds once, whether the queue wants an explanation."""
+        again = self.seconds - self._explained >= _EXPLAIN_SECONDS
+        if again:
+            self._explained = self.seconds
+        return again
