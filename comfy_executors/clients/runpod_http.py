@@ -19,7 +19,7 @@ from comfy_executors.errors import (
     ServerResponseError,
 )
 
-_CONNECTIONS = 50
+_CONNECTIONS = 600  # all calls that the rate limiter lets run at once; urllib3 warns of more
 
 
 class RunPodHttp(HttpClient):

@@ -31,13 +31,14 @@ class RemoteInputImageSet(InputImageSet):
         urls = [_url_of(source) for source in sources]
         super().__init__([s for s, url in zip(sources, urls) if url is None])
         loaded = iter(self.files.items())
+        names: dict[bytes, str] = {}  # the same bytes travel once, under one name
         inputs: list[InputFile] = []
         for url in urls:
             if url is not None:
                 inputs.append(InputFile(_name_of(url), url=url))
             else:
                 name, data = next(loaded)
-                inputs.append(InputFile(f"{self.folder}_{name}", data))
+                inputs.append(InputFile(names.setdefault(data, f"{self.folder}_{name}"), data))
         self.inputs = tuple(inputs)
 
     @property

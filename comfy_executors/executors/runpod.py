@@ -206,7 +206,7 @@ class RunPodWorkflowExecutor(BaseWorkflowExecutor):
         if self._official.is_known:
             self._official.warn_of_size(first, files)
             return min(wanted, self._official.fitting(first, files) or wanted)
-        inputs = sum(map(len, files)) * 4 // 3
+        inputs = sum(map(len, {*files})) * 4 // 3
         # A graph travels twice where the request is for both workers.
         graph = len(json.dumps(first.graph)) * (2 if self.worker == "auto" else 1) + 200
         return max(1, min(wanted, (_ROOM_BYTES - inputs) // graph))

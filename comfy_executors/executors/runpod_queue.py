@@ -55,21 +55,24 @@ class QueueWatch:
 
 def describe(health: RunPodHealth) -> str:
     """Put the state of an endpoint into a sentence, with what to do about it."""
-    workers = health.workers
-    waiting = f"{health.jobs.in_queue} jobs wait"
+    workers, waiting = health.workers, health.jobs.in_queue
     if workers.unhealthy:
-        why = f"{workers.unhealthy} workers are unhealthy: look at their logs on RunPod"
+        why = f"{_workers(workers.unhealthy)} unhealthy: look at their logs on RunPod"
     elif workers.running:
-        why = f"{workers.running} workers are busy: raise the endpoint's max workers, or wait"
+        why = f"{_workers(workers.running)} busy: raise the endpoint's max workers, or wait"
     elif workers.initializing:
-        why = f"{workers.initializing} workers are starting: a cold start loads the image first"
+        why = f"{_workers(workers.initializing)} starting: a cold start loads the image first"
     elif workers.throttled:
         why = (
-            f"{workers.throttled} workers are throttled: RunPod has no free GPU of this kind, "
+            f"{_workers(workers.throttled)} throttled: RunPod has no free GPU of this kind, "
             "allow other kinds or data centres"
         )
     elif workers.idle or workers.ready:
-        why = f"{max(workers.idle, workers.ready)} workers are idle and should take one soon"
+        why = f"{_workers(max(workers.idle, workers.ready))} idle and should take one soon"
     else:
         why = "there are no workers: is the endpoint's max workers above 0?"
-    return f"{waiting}, and {why}"
+    return f"{waiting} {'job waits' if waiting == 1 else 'jobs wait'}, and {why}"
+
+
+def _workers(count: int) -> str:
+    return f"{count} {'worker is' if count == 1 else 'workers are'}"

@@ -268,7 +268,7 @@ def test_the_official_workers_failures_fail_the_job(
     bad: list[dict[str, Any]] = [
         {"workflow": bench_graph(fail="out of luck")},
         {"images": []},
-        {"workflow": bench_graph(), "comfy_org_api_key": "secret"},
+        {"workflow": bench_graph(), "comfy_org_api_key": ["secret"]},
         {"workflow": load_graph("a.png"), "images": [{"name": "../a.png", "image": "AAAA"}]},
     ]
     for request in bad:

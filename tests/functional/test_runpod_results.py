@@ -22,6 +22,7 @@ from comfy_executors import (
     RunPodWorkflowExecutor,
     ServerError,
     WorkflowCancelledError,
+    WorkflowTemplate,
     WorkflowTimeoutError,
 )
 from comfy_executors.devserver import DevServer
@@ -284,41 +285,68 @@ def test_a_batch_timeout_counts_for_a_job_of_the_official_worker(bare: RunPodStu
 
 
 @pytest.mark.slow
-def test_two_hundred_jobs_stay_below_the_rate_limits(bare: RunPodStub) -> None:
-    options: dict[str, Any] = {"batches_per_job": 1, "max_workers": 50, "worker": "worker-comfyui"}
-    stopping = threading.Event()
-    with ThreadPoolExecutor(10) as pool, executor_for(bare, **options) as executor:
-        work = [pool.submit(work_off, bare, f"hand-{n}", stopping) for n in range(10)]
-        run = executor.submit_workflow(bench(), num_samples=200)
-        images = run.result(PATIENCE * 2)
-        stopping.set()
-        bare.limits.worker_poll = 0.1
-        done = sum(future.result(PATIENCE) for future in work)
-    assert [image.batch_index for image in images] == list(range(200))
-    assert (done, len(bare.jobs), bare.calls["run"]) == (200, 200, 200)
-    assert Counter(job.status for job in bare.jobs) == {"COMPLETED": 200}
-    refused = [request for request in bare.requests if request.status == 429]
-    assert refused == []
+def test_a_thousand_jobs_stay_below_the_rate_limits(
+    bare: RunPodStub, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The stub answers 429 to whoever passes the documented limits."""
+    count = 1000
+    options: dict[str, Any] = {"max_workers": count, "worker": "worker-comfyui"}
+    with executor_for(bare, batches_per_job=1, **options) as executor:
+        run = executor.submit_workflow(bench(), num_samples=count)
+        run.futures[0].add_done_callback(lambda _: None)
+        bare.wait_for(lambda s: len(s.jobs) == count, 4 * PATIENCE)  # all of them wait there
+        with ThreadPoolExecutor(4) as pool:
+            work = [pool.submit(work_off, bare, f"hand-{n}", count) for n in range(4)]
+            images = run.result(4 * PATIENCE)
+            done = sum(future.result(PATIENCE) for future in work)
+    assert [image.batch_index for image in images] == list(range(count))
+    assert (done, len(bare.jobs), bare.calls["run"]) == (count, count, count)
+    assert Counter(job.status for job in bare.jobs) == {"COMPLETED": count}
+    assert [request for request in bare.requests if request.status == 429] == []
+    assert "pool is full" not in caplog.text
 
 
-def work_off(stub: RunPodStub, worker_id: str, stopping: threading.Event) -> int:
-    """Answer jobs as the official worker does; return how many."""
+def work_off(stub: RunPodStub, worker_id: str, count: int) -> int:
+    """Answer jobs as the official worker does, until that many were begun; return how many."""
     worker = HandWorker(stub, worker_id)
-    count = 0
-    while not stopping.is_set():
-        job = worker.take()
-        if job is None:
-            continue
-        (save,) = (
-            node for node in job["input"]["workflow"].values() if node["class_type"] == "SaveImage"
-        )
-        name = f"{save['inputs']['filename_prefix']}_00001_.png"
-        worker.done(
-            job["id"],
-            output={"images": [{"filename": name, "type": "base64", "data": "iVBORw0KGgo="}]},
-        )
-        count += 1
-    return count
+    done = 0
+    while any(job.status == "IN_QUEUE" for job in stub.jobs):
+        for job in worker.take_batch(20):
+            answer(worker, job)
+            done += 1
+    return done
+
+
+def answer(worker: HandWorker, job: Any) -> None:
+    """End a job with one picture for each of its batches."""
+    images = [
+        {
+            "filename": f"{node['inputs']['filename_prefix']}_00001_.png",
+            "type": "base64",
+            "data": "iVBORw0KGgo=",
+        }
+        for node in job["input"]["workflow"].values()
+        if node["class_type"] == "SaveImage"
+    ]
+    assert worker.done(job["id"], output={"images": images}) == 200
+
+
+def test_no_more_jobs_than_max_workers_are_at_runpod(bare: RunPodStub) -> None:
+    def waiting_or_running(stub: RunPodStub) -> int:
+        return sum(job.status in ("IN_QUEUE", "IN_PROGRESS") for job in stub.jobs)
+
+    options: dict[str, Any] = {"batches_per_job": 2, "max_workers": 3, "worker": "worker-comfyui"}
+    worker = HandWorker(bare)
+    most = 0
+    with executor_for(bare, **options) as executor:
+        run = executor.submit_workflow(bench(), num_samples=20)
+        run.futures[0].add_done_callback(lambda _: None)
+        for left in range(10, 0, -1):
+            bare.wait_for(lambda s, want=min(3, left): waiting_or_running(s) == want, PATIENCE)
+            most = max(most, waiting_or_running(bare))
+            answer(worker, worker.take())
+        images = run.result(PATIENCE)
+    assert (most, len(bare.jobs), len(images)) == (3, 10, 20)
 
 
 # Stopping early.
@@ -358,6 +386,28 @@ def test_an_attached_job_is_cancelled_though_no_thread_came_to_it(
         kind = WorkflowTimeoutError if how == "timeout" else WorkflowCancelledError
         assert isinstance(run.errors[0], kind)
     client.close()
+
+
+def test_the_same_bytes_travel_once(bare: RunPodStub) -> None:
+    template = WorkflowTemplate(
+        """{"1": {"class_type": "LoadImage", "inputs": {"image": "{{ input_images[0] }}"}},
+            "2": {"class_type": "LoadImage", "inputs": {"image": "{{ input_images[2] }}"}},
+            "3": {"class_type": "ImageBlend", "inputs": {"image1": ["1", 0], "image2": ["2", 0],
+                  "blend_factor": 0.5, "blend_mode": "normal"}},
+            "4": {"class_type": "SaveImage", "inputs": {"images": ["3", 0],
+                  "filename_prefix": "t"}}}"""
+    )
+    one, two = PNG + b"one" * 1_000_000, PNG + b"two"
+    with executor_for(bare) as executor:  # three of them would be too large
+        run = executor.submit_workflow(template, [one, two, one, one])
+        run.futures[0].add_done_callback(lambda _: None)
+        bare.wait_for(lambda s: len(s.jobs) == 1, PATIENCE)
+    request = bare.jobs[0].input
+    names = [image["name"] for image in request["images"]]
+    assert len(set(names)) == len(names) == 2
+    assert [graph["1"]["inputs"]["image"] for graph in [request["workflow"]]] == [names[0]]
+    assert request["workflow"]["2"]["inputs"]["image"] == names[0]
+    assert [file["name"] for file in request["comfy_executors"]["input_images"]] == names
 
 
 def test_too_large_input_images_are_refused_at_once(bare: RunPodStub) -> None:

@@ -1,0 +1,142 @@
+"""How a job on RunPod is asked for: holds and pauses that grow, credit for a burst, two budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from comfy_executors.clients.runpod_answers import IN_PROGRESS, IN_QUEUE
+from comfy_executors.executors import runpod_pace
+from comfy_executors.executors.runpod_pace import Clock, JobLimits, Pace
+
+
+class Time:
+    """A clock that moves when somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.slept: list[float] = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+
+
+@pytest.fixture
+def time(monkeypatch: pytest.MonkeyPatch) -> Time:
+    made = Time()
+    monkeypatch.setattr(runpod_pace, "time", made)
+    return made
+
+
+def polls(time: Time, pace: Pace, count: int, answer: Callable[[float], bool]) -> list[float]:
+    """Poll so often and return when; `answer` lets the time of a poll pass and tells of news."""
+    control: Any = time
+    starts = []
+    for _ in range(count):
+        wait = pace.begin(control)
+        starts.append(time.now)
+        pace.end(answer(wait), control)
+    return starts
+
+
+def nobody() -> bool:
+    return False
+
+
+def test_what_is_held_is_held_longer_and_longer(time: Time) -> None:
+    waits: list[float] = []
+
+    def held(wait: float) -> bool:
+        waits.append(wait)
+        time.now += wait
+        return False
+
+    polls(time, Pace(nobody), 5, held)
+    assert waits == [2.0, 3.0, 4.5, 5.0, 5.0]
+    assert sum(time.slept) == 0
+
+
+def test_what_is_not_held_is_asked_for_less_and_less_with_jitter(
+    time: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    factors: list[tuple[float, float]] = []
+
+    def uniform(low: float, high: float) -> float:
+        factors.append((low, high))
+        return 1.0
+
+    monkeypatch.setattr(runpod_pace.random, "uniform", uniform)
+    polls(time, Pace(nobody), 8, lambda wait: False)
+    assert time.slept == [0.5, 0.75, 1.125, 1.6875, 2.53125, 3.796875, 5.0, 5.0]
+    assert factors == [(0.8, 1.2)] * 8
+
+
+def test_news_begin_it_anew(time: Time) -> None:
+    news = iter([False, False, True, False])
+    waits: list[float] = []
+
+    def held(wait: float) -> bool:
+        waits.append(wait)
+        time.now += wait
+        return next(news)
+
+    polls(time, Pace(nobody), 4, held)
+    assert waits == [2.0, 3.0, 4.5, 2.0]
+
+
+def test_a_stream_of_news_is_asked_for_less_than_three_times_a_second(time: Time) -> None:
+    starts = polls(time, Pace(nobody), 30, lambda wait: True)
+    seconds = starts[-1] - starts[0]
+    assert len(starts) / seconds < 2.8
+    assert max(later - sooner for sooner, later in zip(starts, starts[1:])) <= 0.4 + 1e-9
+
+
+def test_the_rest_of_a_burst_is_asked_for_at_once_after_a_quiet_time(time: Time) -> None:
+    pace = Pace(nobody)
+    polls(time, pace, 6, lambda wait: True)  # no credit is left
+    time.now += 10.0
+    starts = polls(time, pace, 3, lambda wait: True)
+    gaps = [later - sooner for sooner, later in zip(starts, starts[1:])]
+    assert gaps[0] == pytest.approx(0.03)
+    assert gaps[1] > 0.3
+
+
+def test_in_a_crowd_nobody_holds_a_poll_for_long(time: Time) -> None:
+    waits: list[float] = []
+
+    def held(wait: float) -> bool:
+        waits.append(wait)
+        time.now += wait
+        return False
+
+    polls(time, Pace(lambda: True), 10, held)
+    assert waits == [1.0] * 10
+    assert len([seconds for seconds in time.slept if seconds > 3.9]) >= 3
+
+
+def test_the_budgets_begin_when_a_status_says_so(time: Time) -> None:
+    clock = Clock(JobLimits(queue_timeout=60, execution_timeout=20, resubmit=False))
+    time.now += 50
+    clock.see(IN_QUEUE)
+    assert clock.left() == 10
+    clock.see(IN_PROGRESS)
+    assert clock.left() == 50  # with 30 for RunPod's own clock
+    time.now += 60
+    assert clock.left() == 0
+    clock.see(IN_QUEUE)  # its worker died, and it waits anew
+    assert clock.left() == 60
+
+
+def test_a_queue_is_explained_every_fifteen_seconds(time: Time) -> None:
+    clock = Clock(JobLimits(60, 60, resubmit=False))
+    told = []
+    for _ in range(31):
+        told.append(clock.explain_again())
+        time.now += 1
+    assert [second for second, again in enumerate(told) if again] == [0, 15, 30]
