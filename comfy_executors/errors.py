@@ -71,7 +71,12 @@ def _rebuild(cls: type[ComfyExecutorsError], state: dict[str, Any]) -> ComfyExec
 
 
 class ComfyExecutorsError(Exception):
-    """The root of all exceptions that this library raises on purpose."""
+    """The root of all exceptions that this library raises on purpose.
+
+    The attribute `job_id` names the job of a serverless backend that it is about, if there is one.
+    """
+
+    job_id: str | None = None
 
     def __init__(self, message: str = "") -> None:
         self.message = message
@@ -284,11 +289,8 @@ class WorkflowError(ComfyExecutorsError):
         prompt_id: The prompt concerned, when it was queued.
         server: The address of the server, without keys.
 
-    The attribute `batch_index` names the batch, from 0, once its run has taken note of the error,
-    and `job_id` the job of a serverless backend that told it.
+    The attribute `batch_index` names the batch, from 0, once its run has taken note of the error.
     """
-
-    job_id: str | None = None
 
     def __init__(
         self, message: str = "", *, prompt_id: str | None = None, server: str | None = None

@@ -229,9 +229,10 @@ class RunPodWorkflowExecutor(BaseWorkflowExecutor):
                 run.raise_for_rest()
                 return
             # One graph for all that fit into a result: the others are still to be done.
-            shares = self._official.settle(
-                run.output, run.status, joined, batches, control, self.url
-            )
+            with run.naming_job():
+                shares = self._official.settle(
+                    run.output, run.status, joined, batches, control, self.url
+                )
             self._found_worker = "worker-comfyui" if self._official.is_known else None
             yield from shares.results
             done = set(joined.batches)
@@ -258,7 +259,10 @@ class RunPodWorkflowExecutor(BaseWorkflowExecutor):
         if run.output is None:
             run.raise_for_rest()
             return
-        shares = self._official.settle(run.output, run.status, None, batches, control, self.url)
+        with run.naming_job():
+            shares = self._official.settle(
+                run.output, run.status, None, batches, control, self.url
+            )
         yield from shares.results
         for number in shares.missing:
             yield BatchFailure(batches[number].index, copy.copy(shares.error))

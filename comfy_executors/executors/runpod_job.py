@@ -150,7 +150,8 @@ class RunPodJobRun:
         Who leaves it before cancels the job.
         """
         try:
-            yield from self._follow()
+            with self.naming_job():
+                yield from self._follow()
         except BaseException:
             self.cancel()
             raise
@@ -259,7 +260,7 @@ class RunPodJobRun:
             self._keep(news)
         elif isinstance(news, Failed) and news.batch is not None:
             self._discard(news.batch)
-            return BatchFailure(self._batches[news.batch].index, self.name_job(news.error))
+            return BatchFailure(self._batches[news.batch].index, self._named(news.error))
         elif isinstance(news, CompleteBatch):
             return self._result(news)
         return None
@@ -270,11 +271,18 @@ class RunPodJobRun:
             event = ProgressEvent(batch=index, job_id=self.job_id, **vars(news.event))
             self._control.progress(event)
 
-    def name_job(self, error: ComfyExecutorsError) -> ComfyExecutorsError:
-        """Write the job's id on an error."""
-        if isinstance(error, WorkflowError) and error.job_id is None:
-            error.job_id = self.job_id
+    def _named(self, error: ComfyExecutorsError) -> ComfyExecutorsError:
+        error.job_id = error.job_id or self.job_id
         return error
+
+    @contextlib.contextmanager
+    def naming_job(self) -> Iterator[None]:
+        """Write the job's id on every error of ours that leaves the block."""
+        try:
+            yield
+        except ComfyExecutorsError as error:
+            self._named(error)
+            raise
 
     def _keep(self, whole: WholeOutput) -> None:
         data = whole.data if whole.data is not None else self._fetch(whole)
@@ -349,7 +357,7 @@ class RunPodJobRun:
         if not missing:
             return
         if self._assembler.job_error is not None:
-            raise self.name_job(self._assembler.job_error)
+            raise self._named(self._assembler.job_error)
         failure = self.status.failure(self._client.url) if self.status else None
         lost = self.started and (self.status is None or self.status.status == "COMPLETED")
         if failure is not None and not lost:

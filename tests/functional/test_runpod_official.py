@@ -24,6 +24,7 @@ from comfy_executors import (
     RunPodWorkflowExecutor,
     WorkflowTemplate,
 )
+from comfy_executors.cli import main
 from comfy_executors.devserver import DevServer
 from comfy_executors.testing import RunPodStub
 
@@ -291,6 +292,38 @@ def test_a_batch_that_is_too_large_is_warned_of(
     run = make().submit_workflow(bench(width=4096, height=1024))
     run.cancel()
     assert "the images of one batch are about 12 MB" in caplog.text
+
+
+@pytest.mark.parametrize("worker", ["auto", "worker-comfyui"])
+def test_a_joined_job_can_be_taken_up_again(make: Make, stub: RunPodStub, worker: str) -> None:
+    made = make().submit_workflow(bench(batch_size=2), num_samples=3).result(PATIENCE)
+    run = make(worker).attach(stub.jobs[0].id, 3)
+    again = [future.result(PATIENCE) for future in run.futures]
+    assert [len(result.images) for result in again] == [2, 2, 2]
+    assert [image.data for result in again for image in result.images] == [i.data for i in made]
+    assert {result.job_id for result in again} == {stub.jobs[0].id}
+    assert len(stub.jobs) == 1
+
+
+def test_the_worker_can_be_named_on_the_command_line(
+    stub: RunPodStub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: Any
+) -> None:
+    monkeypatch.setenv("RUNPOD_API_KEY", stub.api_key)
+    monkeypatch.setenv("RUNPOD_ENDPOINT_BASE_URL", stub.url)
+    (tmp_path / "t.json").write_text(json.dumps(bench_graph()))
+    where = ["--runpod", stub.endpoint_id, "--worker", "worker-comfyui"]
+    output = ["--num-samples", "2", "--output", str(tmp_path / "out")]
+    assert main(["run", str(tmp_path / "t.json"), *where, *output]) == 0
+    assert [set(job.input) for job in stub.jobs] == [{"workflow"}]
+    assert len(list((tmp_path / "out").iterdir())) == 2
+    assert main(["runpod", "smoke", stub.endpoint_id, "--worker", "worker-comfyui"]) == 0
+    assert "the worker is worker-comfyui" in capfd.readouterr().out
+
+
+def test_a_worker_that_is_not_known_is_refused(capfd: Any) -> None:
+    with pytest.raises(SystemExit):
+        main(["run", "t.json", "--runpod", "x", "--worker", "mine"])
+    assert "worker-comfyui" in capfd.readouterr().err
 
 
 def test_urls_are_refused_before_anything_is_sent(make: Make, stub: RunPodStub) -> None:

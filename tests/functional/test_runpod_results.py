@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 import time
 from collections import Counter, deque
@@ -17,14 +18,23 @@ from runpod_worker import HandWorker, client_of, needs_sdk, submit
 from server_kit import PATIENCE, bench, loading, statuses
 
 from comfy_executors import (
+    AuthenticationError,
+    InputImageError,
+    JobInterruptedError,
+    JobResultLostError,
     JobTimeoutError,
     PayloadTooLargeError,
+    RunPodJobFailedError,
     RunPodWorkflowExecutor,
     ServerError,
+    ServerResponseError,
     WorkflowCancelledError,
+    WorkflowError,
     WorkflowTemplate,
     WorkflowTimeoutError,
+    wire,
 )
+from comfy_executors.clients.http import DeadlineWaiter
 from comfy_executors.devserver import DevServer
 from comfy_executors.executors import runpod_pace
 from comfy_executors.testing import RunPodStub, RunPodWorkerProcess
@@ -331,8 +341,12 @@ def answer(worker: HandWorker, job: Any) -> None:
     assert worker.done(job["id"], output={"images": images}) == 200
 
 
+def wait_for_jobs(stub: RunPodStub, count: int) -> None:
+    stub.wait_for(lambda s: len(s.jobs) >= count, PATIENCE)
+
+
 def test_no_more_jobs_than_max_workers_are_at_runpod(bare: RunPodStub) -> None:
-    def waiting_or_running(stub: RunPodStub) -> int:
+    def at_runpod(stub: RunPodStub) -> int:
         return sum(job.status in ("IN_QUEUE", "IN_PROGRESS") for job in stub.jobs)
 
     options: dict[str, Any] = {"batches_per_job": 2, "max_workers": 3, "worker": "worker-comfyui"}
@@ -341,12 +355,88 @@ def test_no_more_jobs_than_max_workers_are_at_runpod(bare: RunPodStub) -> None:
     with executor_for(bare, **options) as executor:
         run = executor.submit_workflow(bench(), num_samples=20)
         run.futures[0].add_done_callback(lambda _: None)
-        for left in range(10, 0, -1):
-            bare.wait_for(lambda s, want=min(3, left): waiting_or_running(s) == want, PATIENCE)
-            most = max(most, waiting_or_running(bare))
+        for submitted in [*range(3, 11), 10, 10]:
+            wait_for_jobs(bare, submitted)
+            most = max(most, at_runpod(bare))
             answer(worker, worker.take())
         images = run.result(PATIENCE)
     assert (most, len(bare.jobs), len(images)) == (3, 10, 20)
+
+
+# Whose error it is.
+
+
+Trouble = Callable[[RunPodStub, str, Any], object]
+
+
+def answers(**result: Any) -> Trouble:
+    return lambda stub, job_id, run: HandWorker(stub).done(job_id, **result)
+
+
+def yields(*events: Any) -> Trouble:
+    def trouble(stub: RunPodStub, job_id: str, run: Any) -> None:
+        for event in events:
+            HandWorker(stub).chunk(job_id, wire.encode_event(event))
+        HandWorker(stub).done(job_id, output=[])
+
+    return trouble
+
+
+def refuses(stub: RunPodStub, job_id: str, run: Any) -> None:
+    stub.faults.fail("GET", "/stream/*", status=401)
+    HandWorker(stub).ping(job_id)
+
+
+RAISED = '{"error_type": "<class \'RuntimeError\'>", "error_message": "kaboom"}'
+STARTED = wire.Started(0, 1, "r", "w", "1", 1)
+FAILURES: dict[str, tuple[Trouble, type[Exception], str]] = {
+    "handler error": (answers(error="out of luck"), RunPodJobFailedError, "out of luck"),
+    "exception": (answers(error=RAISED), RunPodJobFailedError, "kaboom"),
+    "limit passed": (
+        lambda stub, job_id, run: stub.time_out(job_id), JobTimeoutError, "execution timeout",
+    ),
+    "cancelled by others": (
+        lambda stub, job_id, run: client_of(stub).cancel(job_id, DeadlineWaiter(9)),
+        JobInterruptedError, "cancelled",
+    ),
+    "no result": (answers(), JobResultLostError, "S3"),
+    "not a worker of ours": (answers(output={"text": "hi"}), ServerResponseError, "neither"),
+    "no event": (answers(output=[{"kind": "surprise"}]), ServerResponseError, "no event"),
+    "key revoked": (refuses, AuthenticationError, "401"),
+    "we cancel": (lambda stub, job_id, run: run.cancel(), WorkflowCancelledError, "cancelled"),
+    "a batch": (
+        yields(STARTED, wire.Failed(1, 1, 0, WorkflowError("no")), wire.End(2, 1, 0, 0, 1)),
+        WorkflowError, "no",
+    ),
+    "the whole job": (
+        yields(STARTED, wire.Failed(1, 1, None, InputImageError("bad")), wire.End(2, 1, 0, 0, 1)),
+        InputImageError, "bad",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_each_error_has_its_class_and_the_id_of_its_job(bare: RunPodStub, name: str) -> None:
+    trouble, kind, words = FAILURES[name]
+    with executor_for(bare) as executor:
+        run = executor.submit_workflow(bench())
+        (future,) = run.futures
+        job = taken(bare)
+        trouble(bare, job["id"], run)
+        error: Any = future.exception(PATIENCE)
+    assert type(error) is kind
+    assert words in str(error)
+    assert error.job_id == pickle.loads(pickle.dumps(error)).job_id == job["id"]
+    assert len(bare.jobs) == 1
+
+
+def test_a_run_out_of_time_names_its_job(bare: RunPodStub) -> None:
+    with executor_for(bare) as executor:
+        run = executor.submit_workflow(bench(), timeout=1.0)
+        error: Any = run.futures[0].exception(PATIENCE)
+    assert type(error) is WorkflowTimeoutError
+    assert error.job_id == bare.jobs[0].id
+    bare.wait_for(lambda s: s.jobs[0].status == "CANCELLED", PATIENCE)
 
 
 # Stopping early.

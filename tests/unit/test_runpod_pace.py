@@ -67,11 +67,13 @@ def test_what_is_not_held_is_asked_for_less_and_less_with_jitter(
 ) -> None:
     factors: list[tuple[float, float]] = []
 
-    def uniform(low: float, high: float) -> float:
-        factors.append((low, high))
-        return 1.0
+    class Chance:
+        @staticmethod
+        def uniform(low: float, high: float) -> float:
+            factors.append((low, high))
+            return 1.0
 
-    monkeypatch.setattr(runpod_pace.random, "uniform", uniform)
+    monkeypatch.setattr(runpod_pace, "random", Chance)
     polls(time, Pace(nobody), 8, lambda wait: False)
     assert time.slept == [0.5, 0.75, 1.125, 1.6875, 2.53125, 3.796875, 5.0, 5.0]
     assert factors == [(0.8, 1.2)] * 8

@@ -38,6 +38,15 @@ def test_one_job_waits() -> None:
     assert text.startswith("1 job waits, and 1 worker is busy")
 
 
+class Time:
+    """A clock that somebody moves."""
+
+    now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
 class Client:
     """Answers what it is told to."""
 
@@ -65,24 +74,24 @@ def watch(client: Any) -> QueueWatch:
 def test_the_endpoint_is_asked_every_fifteen_seconds_for_all_jobs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    now = [100.0]
-    monkeypatch.setattr(runpod_queue.time, "monotonic", lambda: now[0])
+    time = Time()
+    monkeypatch.setattr(runpod_queue, "time", time)
     client = Client(health(throttled=1), health(initializing=1))
     told = watch(client)
     waiter = DeadlineWaiter(60.0)
     first = [told.explain(waiter) for _ in range(3)]
     assert len(set(first)) == 1
     assert "throttled" in first[0]
-    now[0] += 15.0
+    time.now += 15.0
     assert "starting" in told.explain(waiter)
     assert client.answers == []
 
 
 def test_an_endpoint_that_does_not_answer_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr(runpod_queue.time, "monotonic", lambda: now[0])
+    time = Time()
+    monkeypatch.setattr(runpod_queue, "time", time)
     client = Client(health(throttled=1), ServerResponseError("no", "x", 502))
     told = watch(client)
     known = told.explain(DeadlineWaiter(60.0))
-    now[0] += 15.0
+    time.now += 15.0
     assert told.explain(DeadlineWaiter(60.0)) == known != ""
