@@ -260,9 +260,7 @@ class RunPodWorkflowExecutor(BaseWorkflowExecutor):
             run.raise_for_rest()
             return
         with run.naming_job():
-            shares = self._official.settle(
-                run.output, run.status, None, batches, control, self.url
-            )
+            shares = self._official.settle(run.output, run.status, None, batches, control, self.url)
         yield from shares.results
         for number in shares.missing:
             yield BatchFailure(batches[number].index, copy.copy(shares.error))

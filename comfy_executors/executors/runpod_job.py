@@ -28,7 +28,6 @@ from comfy_executors.errors import (
     ServerError,
     SubmitUncertainError,
     WaitTimeoutError,
-    WorkflowError,
 )
 from comfy_executors.executors.control import JobControl
 from comfy_executors.executors.runpod_pace import LEAST_WAIT, Clock, JobLimits, Pace
@@ -99,6 +98,7 @@ class RunPodJobRun:
         self.output: Any = None
         self._announced = list(announced)
         self._pace = Pace(lambda: client.is_crowded)
+        self._is_known = False  # whether RunPod ever said a word of it to us
         self._ended = False
 
     # Submitting and cancelling.
@@ -127,6 +127,7 @@ class RunPodJobRun:
                     raise
                 logger.warning("request %s is submitted again: %s", request_id, error)
         self.job_id = job.id
+        self._is_known = True
         logger.info("job %s on %s has batches %s", job.id, self._client.url, [*self._batches])
         for index in self._batches:
             self._control.progress(ProgressEvent("queued", index, job_id=job.id))
@@ -190,8 +191,18 @@ class RunPodJobRun:
 
     def _poll(self, clock: Clock) -> RunPodStream:
         assert self.job_id is not None
-        wait = max(LEAST_WAIT, min(self._pace.begin(self._control), clock.left()))
-        answer = self._client.stream(self.job_id, wait, self._control)
+        while True:
+            wait = max(LEAST_WAIT, min(self._pace.begin(self._control), clock.left()))
+            try:
+                answer = self._client.stream(self.job_id, wait, self._control)
+                break
+            except ServerError as error:
+                # The job goes on without us, and is paid for: an outage does not end it.
+                if not error.transient or not self._is_known or clock.left() <= 0:
+                    raise
+                logger.warning("job %s is asked for again: %s", self.job_id, error)
+                self._pace.rest(self._control)
+        self._is_known = True
         self._pace.end(bool(answer.chunks) or answer.status in TERMINAL, self._control)
         return answer
 

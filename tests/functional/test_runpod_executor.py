@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import pickle
 import subprocess
 import sys
@@ -334,20 +335,63 @@ def test_what_a_stream_holds_for_a_slow_consumer_is_not_in_memory(
 # Trouble on the way.
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "fault"),
-    [
-        ("GET", "/stream/*", {"status": 502}),
-        ("GET", "/stream/*", {"status": 429, "headers": {"Retry-After": "1"}}),
-        ("GET", "/stream/*", {"status": 404}),
-        ("POST", "/run", {"status": 429}),
-    ],
-)
-def test_passing_trouble_is_survived(
-    make: Make, stub: RunPodStub, method: str, path: str, fault: dict[str, Any]
+def late(seconds: float, method: str, path: str) -> Callable[[Any], object]:
+    return lambda faults: faults.delay(method, path, seconds, times=1)
+
+
+def failing(method: str, path: str, **how: Any) -> Callable[[Any], object]:
+    return lambda faults: faults.fail(method, path, times=2, **how)
+
+
+PASSING: dict[str, Callable[[Any], object]] = {
+    "late answer to a submit": late(1.0, "POST", "/run"),
+    "late answers to polls": late(1.5, "GET", "/stream/*"),
+    "cut off polls": lambda faults: faults.truncate("GET", "/stream/*", times=2),
+    "polls that do not arrive": lambda faults: faults.reset_before("GET", "/stream/*", times=2),
+    "too many submits": failing("POST", "/run", status=429),
+    "too many submits, with a time": failing(
+        "POST", "/run", status=429, headers={"Retry-After": "1"}
+    ),
+    "bad gateway": failing("GET", "/stream/*", status=502),
+    "a page with status 200": failing("GET", "/stream/*", status=200),
+    "too many polls": failing("GET", "/stream/*", status=429, headers={"Retry-After": "1"}),
+    "not known yet": failing("GET", "/stream/*", status=404),
+    "twice": lambda faults: faults.execute_twice(),
+    "lost chunks": lambda faults: [faults.lose_chunk(number) for number in (1, 3, 4)],
+    "lost result": lambda faults: faults.lose_result(),
+}
+
+
+@pytest.mark.parametrize("name", PASSING)
+def test_passing_trouble_loses_nothing_and_repeats_nothing(
+    make: Make, stub: RunPodStub, server: DevServer, name: str
 ) -> None:
-    stub.faults.fail(method, path, times=2, **fault)
+    PASSING[name](stub.faults)
     delivered(make().submit_workflow(bench(), num_samples=3), 3)
+    assert stub.faults._rules == []  # all of it happened
+    assert [job.status for job in stub.jobs] == ["COMPLETED"]
+    assert statuses(server) == {"success": 3}
+
+
+def test_an_outage_does_not_end_a_job(
+    make: Make, stub: RunPodStub, server: DevServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    executor = make()
+    executor._client._http._outage_timeout = 0.1
+    running, told = threading.Event(), threading.Event()
+    run = executor.submit_workflow(
+        bench(0.5), num_samples=3, on_progress=lambda event: running.set()
+    )
+    assert running.wait(PATIENCE)
+    with caplog.at_level(logging.WARNING):
+        handler = logging.Handler()
+        handler.emit = lambda record: told.set()  # type: ignore[method-assign]
+        logging.getLogger(runpod_job.__name__).addHandler(handler)
+        stub.faults.fail("GET", "/stream/*", status=503, times=None)
+        assert told.wait(PATIENCE)  # longer than a call is repeated by itself
+        logging.getLogger(runpod_job.__name__).removeHandler(handler)
+    stub.faults.clear()
+    delivered(run, 3)
     assert [job.executions for job in stub.jobs] == [1]
 
 

@@ -424,9 +424,9 @@ def test_each_error_has_its_class_and_the_id_of_its_job(bare: RunPodStub, name: 
         job = taken(bare)
         trouble(bare, job["id"], run)
         error: Any = future.exception(PATIENCE)
-    assert type(error) is kind
     assert words in str(error)
     assert error.job_id == pickle.loads(pickle.dumps(error)).job_id == job["id"]
+    assert type(error) is kind
     assert len(bare.jobs) == 1
 
 
