@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -96,6 +99,25 @@ def runpod_stub() -> Iterator[RunPodStub]:
         yield stub
 
 
+@pytest.fixture(scope="session")
+def official_stub() -> Iterator[RunPodStub]:
+    """The same with a stand-in for the official worker instead of our handler."""
+    pytest.importorskip("runpod", reason="the RunPod SDK from 1.12 on needs Python 3.10")
+    with DevServer() as server, RunPodStub(api_key="hush-hush") as stub, ExitStack() as workers:
+        for number in range(2):
+            environment = {**stub.worker_environment(f"w-{number}"), "COMFYUI_ADDRESS": server.url}
+            worker = subprocess.Popen(
+                [sys.executable, str(_OFFICIAL)],
+                env={**os.environ, **environment},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # the SDK pings from a second process
+            )
+            workers.callback(worker.wait)
+            workers.callback(os.killpg, worker.pid, signal.SIGKILL)
+        yield stub
+
+
 def _runpod(stub: RunPodStub, **settings: Any) -> Iterator[Backend]:
     yield Backend(
         lambda **options: RunPodWorkflowExecutor(
@@ -116,13 +138,26 @@ FACTORIES: dict[str, Callable[[], Iterator[Backend]]] = {
 RUNPOD: dict[str, dict[str, Any]] = {
     "runpod": {"batches_per_job": None},
     "runpod_jobs_of_two": {"batches_per_job": 2},
+    "runpod_official": {"batches_per_job": None, "worker": "worker-comfyui"},
 }
+_OFFICIAL = Path(__file__).parents[1] / "functional" / "runpod_official.py"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave the official worker out where jobs are cancelled: it runs them to their end first."""
+    items[:] = [
+        item
+        for item in items
+        if "runpod_official" not in item.name or item.path.stem == "test_images_and_seeds"
+    ]
 
 
 @pytest.fixture(scope="session", params=sorted({*FACTORIES, *RUNPOD}))
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     if request.param in RUNPOD:
-        yield from _runpod(request.getfixturevalue("runpod_stub"), **RUNPOD[request.param])
+        settings = RUNPOD[request.param]
+        stub = "official_stub" if "worker" in settings else "runpod_stub"
+        yield from _runpod(request.getfixturevalue(stub), **settings)
         return
     yield from FACTORIES[request.param]()
 
