@@ -206,6 +206,8 @@ class RunPodWorkflowExecutor(BaseWorkflowExecutor):
         if self._official.is_known:
             self._official.warn_of_size(first, files)
             return min(wanted, self._official.fitting(first, files) or wanted)
+        if self.worker == "auto" and self._found_worker is None:
+            self._official.warn_of_size(first, files)
         inputs = sum(map(len, {*files})) * 4 // 3
         # A graph travels twice where the request is for both workers.
         graph = len(json.dumps(first.graph)) * (2 if self.worker == "auto" else 1) + 200

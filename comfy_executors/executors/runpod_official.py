@@ -159,14 +159,15 @@ class OfficialWorker:
         return max(1, RESULT_BYTES // estimate_bytes(item.graph, item.size, inputs))
 
     def warn_of_size(self, item: JobGraph, inputs: Collection[bytes]) -> None:
-        """Log a warning for a batch whose result is likely to be lost."""
+        """Log a warning for a batch whose result is, or would be, likely to be lost."""
         estimate = estimate_bytes(item.graph, item.size, inputs)
         if estimate > RESULT_BYTES and not self._has_bucket:
             logger.warning(
                 "the images of one batch are about %.0f MB, and RunPod loses results of "
-                "worker-comfyui over 10 MB: give it a bucket (BUCKET_ENDPOINT_URL), make smaller "
+                "worker-comfyui over 10 MB: %sgive it a bucket (BUCKET_ENDPOINT_URL), make smaller "
                 "batches, or use the worker of comfy-executors",
                 estimate / 1e6,
+                "" if self.is_known else "if the endpoint runs that, ",
             )
 
     def settle(

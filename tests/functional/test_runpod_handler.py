@@ -262,6 +262,17 @@ def test_the_official_workers_input_gets_its_answer(
 
 
 @needs_sdk
+def test_the_official_inputs_key_reaches_the_prompt(
+    stub: RunPodStub, server: DevServer, client: RunPodClient, worker: Any
+) -> None:
+    submit(client, {"workflow": bench_graph(), "comfy_org_api_key": "hush"})
+    stub.wait_for(lambda s: s.jobs[0].status == "COMPLETED", PATIENCE)
+    (entry,) = requests.get(f"{server.url}/history", timeout=PATIENCE).json().values()
+    assert entry["prompt"][3]["api_key_comfy_org"] == "hush"
+    assert "hush" not in str(stub.jobs[0].output)
+
+
+@needs_sdk
 def test_the_official_workers_failures_fail_the_job(
     stub: RunPodStub, client: RunPodClient, worker: Any
 ) -> None:
@@ -275,7 +286,7 @@ def test_the_official_workers_failures_fail_the_job(
         submit(client, request)
     stub.wait_for(lambda s: all(job.status == "FAILED" for job in s.jobs), PATIENCE)
     errors = [job.error for job in stub.jobs]
-    words = ["out of luck", "needs a workflow", "comfy_org_api_key", "without folders"]
+    words = ["out of luck", "needs a workflow", "must be a string", "without folders"]
     assert [word in error for word, error in zip(words, errors)] == [True] * 4
     assert "secret" not in str(errors)
 

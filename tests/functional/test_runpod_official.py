@@ -285,13 +285,17 @@ def test_a_lost_result_of_several_batches_is_made_in_smaller_jobs(
     assert len(stub.jobs) == 4
 
 
+@pytest.mark.parametrize("worker", ["auto", "worker-comfyui", "comfy-executors"])
 def test_a_batch_that_is_too_large_is_warned_of(
-    make: Make, caplog: pytest.LogCaptureFixture
+    make: Make, stub: RunPodStub, caplog: pytest.LogCaptureFixture, worker: str
 ) -> None:
     caplog.set_level(logging.WARNING)
-    run = make().submit_workflow(bench(width=4096, height=1024))
+    stub.faults.stuck_queue = "no workers"
+    run = make(worker).submit_workflow(bench(width=4096, height=1024))
     run.cancel()
-    assert "the images of one batch are about 12 MB" in caplog.text
+    told = "the images of one batch are about 12 MB" in caplog.text
+    assert told is (worker != "comfy-executors")
+    assert ("if the endpoint runs that" in caplog.text) is (worker == "auto")
 
 
 @pytest.mark.parametrize("worker", ["auto", "worker-comfyui"])

@@ -24,6 +24,7 @@ from comfy_executors import (
     JobResultLostError,
     JobTimeoutError,
     PayloadTooLargeError,
+    RunpodComfyWorkflowExecutor,
     RunPodJobFailedError,
     RunPodWorkflowExecutor,
     ServerError,
@@ -32,6 +33,7 @@ from comfy_executors import (
     WorkflowError,
     WorkflowTemplate,
     WorkflowTimeoutError,
+    executors,
     wire,
 )
 from comfy_executors.clients.http import DeadlineWaiter
@@ -476,6 +478,14 @@ def test_an_attached_job_is_cancelled_though_no_thread_came_to_it(
         kind = WorkflowTimeoutError if how == "timeout" else WorkflowCancelledError
         assert isinstance(run.errors[0], kind)
     client.close()
+
+
+def test_the_alias_is_the_same_class() -> None:
+    arguments: tuple[Any, ...] = ("endpoint", "key", "https://runpod.example/v2")
+    for alias in (RunpodComfyWorkflowExecutor, executors.RunpodComfyWorkflowExecutor):
+        assert alias is RunPodWorkflowExecutor is executors.RunPodWorkflowExecutor
+        with alias(*arguments) as made:
+            assert made.url == "https://runpod.example/v2/endpoint"
 
 
 def test_the_same_bytes_travel_once(bare: RunPodStub) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -135,8 +136,21 @@ def test_leaving_the_handler_cancels_the_job(plain_worker: RunPodWorker, server:
     assert statuses(server)["success"] == 0
 
 
+def test_the_dockerfile_names_what_there_is() -> None:
+    root = Path(__file__).parents[2]
+    lines = (root / "comfy_executors/workers/Dockerfile").read_text().splitlines()
+    copied = [name for line in lines if line.startswith("COPY") for name in line.split()[1:-1]]
+    assert [name for name in copied if not (root / name).exists()] == []
+    # The package is built of nothing else.
+    assert {"setup.cfg", "setup.py", "README.md", "LICENSE", "comfy_executors"} == set(copied)
+    text = "\n".join(lines)
+    assert ".[runpod-worker]" in text
+    assert "cp comfy_executors/workers/runpod_handler.py /handler.py" in text
+
+
 def test_the_settings_are_read() -> None:
     environment = {
+        "COMFY_ORG_API_KEY": "hush",
         "COMFYUI_ADDRESS": "comfy:9000",
         "COMFYUI_READY_TIMEOUT": "7.5",
         "BUCKET_ENDPOINT_URL": "http://127.0.0.1:9",
@@ -146,6 +160,7 @@ def test_the_settings_are_read() -> None:
     }
     with engine_from_environment(environment) as engine:
         assert engine.executor.url == "http://comfy:9000"
+        assert engine._comfy_org_api_key == "hush"
         assert engine.ready_timeout == 7.5
         assert engine.storage is not None
         assert engine.storage.bucket == "pictures"
