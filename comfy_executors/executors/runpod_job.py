@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, TypeVar, Union
 
 from comfy_executors.clients.http import DeadlineWaiter
 from comfy_executors.clients.result_files import fetch_result
@@ -46,6 +46,7 @@ from comfy_executors.wire import (
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Settled = Union[BatchResult, BatchFailure]
 
 _STUCK_SECONDS = 30.0
@@ -98,6 +99,7 @@ class RunPodJobRun:
         self.output: Any = None
         self._announced = list(announced)
         self._pace = Pace(lambda: client.is_crowded)
+        self._clock = Clock(limits)
         self._is_known = False  # whether RunPod ever said a word of it to us
         self._ended = False
 
@@ -126,15 +128,16 @@ class RunPodJobRun:
                 if not self._limits.resubmit or attempt == 2:
                     raise
                 logger.warning("request %s is submitted again: %s", request_id, error)
-        self.job_id = job.id
+        self.attach(job.id)
         self._is_known = True
         logger.info("job %s on %s has batches %s", job.id, self._client.url, [*self._batches])
         for index in self._batches:
             self._control.progress(ProgressEvent("queued", index, job_id=job.id))
 
     def attach(self, job_id: str) -> None:
-        """Take up a job that was submitted before."""
+        """Take up a job that was submitted before; its budgets count from here."""
         self.job_id = job_id
+        self._clock = Clock(self._limits)
 
     def cancel(self) -> None:
         """Cancel the job on RunPod unless it has ended; a failure to do so is logged."""
@@ -161,20 +164,19 @@ class RunPodJobRun:
                 self._discard(batch)
 
     def _follow(self) -> Iterator[Settled]:
-        clock = Clock(self._limits)
         while self._assembler.unsettled:
-            answer = self._poll(clock)
+            answer = self._poll()
             with contextlib.closing(answer):
                 for chunk in answer.chunks:
                     yield from self._take(chunk)
             status = answer.status or self._ask().status
-            clock.see(status)
-            if not clock.in_queue:
+            self._clock.see(status)
+            if not self._clock.in_queue:
                 self._announce()
             if not answer.chunks:
                 if status in TERMINAL:
                     break
-                self._keep_limits(clock)
+                self._keep_limits()
         if self._assembler.unsettled:
             yield from self._read_result()
         self._ended = True
@@ -189,26 +191,32 @@ class RunPodJobRun:
             event = ProgressEvent("started", self._announced.pop(0), job_id=self.job_id)
             self._control.progress(event)
 
-    def _poll(self, clock: Clock) -> RunPodStream:
-        assert self.job_id is not None
-        while True:
-            wait = max(LEAST_WAIT, min(self._pace.begin(self._control), clock.left()))
-            try:
-                answer = self._client.stream(self.job_id, wait, self._control)
-                break
-            except ServerError as error:
-                # The job goes on without us, and is paid for: an outage does not end it.
-                if not error.transient or not self._is_known or clock.left() <= 0:
-                    raise
-                logger.warning("job %s is asked for again: %s", self.job_id, error)
-                self._pace.rest(self._control)
-        self._is_known = True
+    def _poll(self) -> RunPodStream:
+        def once(job_id: str) -> RunPodStream:
+            wait = min(self._pace.begin(self._control), self._clock.left())
+            return self._client.stream(job_id, max(LEAST_WAIT, wait), self._control)
+
+        answer = self._insist(once)
         self._pace.end(bool(answer.chunks) or answer.status in TERMINAL, self._control)
         return answer
 
     def _ask(self) -> RunPodStatus:
+        return self._insist(lambda job_id: self._client.status(job_id, self._control))
+
+    def _insist(self, call: Callable[[str], T]) -> T:
+        """Ask for the job, through an outage as well: it goes on without us, and is paid for."""
         assert self.job_id is not None
-        return self._client.status(self.job_id, self._control)
+        while True:
+            try:
+                answer = call(self.job_id)
+            except ServerError as error:
+                if not error.transient or not self._is_known or self._clock.left() <= 0:
+                    raise
+                logger.warning("job %s is asked for again: %s", self.job_id, error)
+                self._pace.rest(self._control)
+            else:
+                self._is_known = True
+                return answer
 
     def _read_result(self) -> Iterator[Settled]:
         """Look into the final result for what the stream did not bring."""
@@ -221,8 +229,8 @@ class RunPodJobRun:
         for event in status.output if isinstance(status.output, list) else ():
             yield from self._take(event)
 
-    def _keep_limits(self, clock: Clock) -> None:
-        assert self.job_id is not None
+    def _keep_limits(self) -> None:
+        clock = self._clock
         if clock.in_queue and clock.seconds >= _STUCK_SECONDS and clock.explain_again():
             self._explain()
         if clock.left() > 0:
