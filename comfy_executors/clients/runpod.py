@@ -34,8 +34,10 @@ from comfy_executors.clients.runpod_http import RunPodHttp, words_of
 from comfy_executors.clients.runpod_limits import limiter_of
 from comfy_executors.clients.runpod_payload import check_range, encode, too_large
 from comfy_executors.errors import (
+    ComfyExecutorsError,
     JobExpiredError,
     JobLostError,
+    OutputFileError,
     ServerError,
     ServerResponseError,
     SubmitUncertainError,
@@ -176,6 +178,7 @@ class RunPodClient:
 
         Raises:
             JobLostError: As `status` says; so do the others.
+            OutputFileError: It is a large answer, and there is no room for it on the disk.
         """
         low, high = STREAM_WAIT_SECONDS
         check_range("wait", wait, STREAM_WAIT_SECONDS)
@@ -190,8 +193,14 @@ class RunPodClient:
             body = tempfile.SpooledTemporaryFile(_LARGE_BYTES)  # noqa: SIM115  goes with its answer
             try:
                 return self._stream_once(job_id, path, params(), body, waiter)
-            except BaseException:
+            except BaseException as error:
                 body.close()
+                # Some of ours are OSErrors as well.
+                if isinstance(error, OSError) and not isinstance(error, ComfyExecutorsError):
+                    raise OutputFileError(
+                        f"an answer of {self.url} cannot be kept in {tempfile.gettempdir()}: "
+                        f"{error.strerror or error}"
+                    ) from error
                 raise
 
         return self._http.retry(once, waiter)
@@ -271,7 +280,7 @@ class RunPodClient:
         try:
             chunks = ChunkFile(body)
         except ValueError as error:
-            raise self._unreadable(answer, path) from error
+            raise self._unreadable(answer, path, str(error)) from error
         return RunPodStream(chunks.status, chunks)
 
     def _asked(self, operation: str, method: str, waiter: Waiter, parse: Callable[[Any], T]) -> T:
@@ -315,7 +324,7 @@ class RunPodClient:
         try:
             body = answer.json()
         except ValueError as error:
-            raise self._unreadable(answer, path) from error
+            raise self._unreadable(answer, path, words_of(answer)) from error
         try:
             return parse(body)
         except ValueError as error:
@@ -323,10 +332,10 @@ class RunPodClient:
                 f"{self.url} answers {path} with {answer.status}: {error}", self.url, answer.status
             ) from error
 
-    def _unreadable(self, answer: Answer, path: str) -> ServerResponseError:
+    def _unreadable(self, answer: Answer, path: str, words: str) -> ServerResponseError:
         # A page of something in between, such as a proxy; it may be gone soon.
         return ServerResponseError(
-            f"{self.url} answers {path} with {words_of(answer)}",
+            f"{self.url} answers {path} with {words}",
             self.url,
             answer.status,
             transient=True,

@@ -28,6 +28,8 @@ from comfy_executors.errors import (
     ServerError,
     SubmitUncertainError,
     WaitTimeoutError,
+    WorkflowCancelledError,
+    WorkflowTimeoutError,
 )
 from comfy_executors.executors.control import JobControl
 from comfy_executors.executors.runpod_pace import LEAST_WAIT, Clock, JobLimits, Pace
@@ -154,14 +156,17 @@ class RunPodJobRun:
         Who leaves it before cancels the job.
         """
         try:
-            with self.naming_job():
-                yield from self._follow()
-        except BaseException:
+            try:
+                with self.naming_job():
+                    yield from self._follow()
+            finally:
+                for batch in list(self._made):
+                    self._discard(batch)
+        except BaseException as error:
+            if isinstance(error, (WorkflowCancelledError, WorkflowTimeoutError)):
+                self._control.give_up(error)
             self.cancel()
             raise
-        finally:
-            for batch in list(self._made):
-                self._discard(batch)
 
     def _follow(self) -> Iterator[Settled]:
         while self._assembler.unsettled:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import os
 import signal
 import socket
@@ -13,18 +15,21 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import pytest
 from runpod_worker import PATIENCE, HandWorker, client_of, submit, waiter
 
 from comfy_executors.clients import runpod
 from comfy_executors.clients.runpod import RunPodClient
+from comfy_executors.clients.runpod_chunks import ChunkFile
 from comfy_executors.clients.runpod_limits import Limit, RateLimiter
 from comfy_executors.errors import (
     AuthenticationError,
     EndpointNotFoundError,
     JobExpiredError,
     JobLostError,
+    OutputFileError,
     PayloadTooLargeError,
     ServerResponseError,
     ServerUnreachableError,
@@ -324,6 +329,36 @@ def test_the_stream_waits_no_longer_than_the_deadline(
     assert client.stream(job.id, 45.0, waiter(2.5)).chunks == ()
     (call,) = [request for request in stub.requests if request.path.startswith("/stream")]
     assert 1000 <= int(call.query["wait"]) <= 1500
+
+
+@pytest.mark.parametrize("size", [10, 900_000])
+def test_a_large_answer_comes_from_a_file_and_is_the_same(
+    stub: RunPodStub, client: RunPodClient, size: int
+) -> None:
+    job_id = submit(client).id
+    worker = HandWorker(stub)
+    worker.take()
+    chunks = [{"number": number, "text": "x" * size} for number in range(6)]
+    for chunk in chunks:
+        worker.chunk(job_id, chunk)
+    answer = client.stream(job_id, 5.0, waiter())
+    assert isinstance(answer.chunks, ChunkFile) is (size > 10)
+    assert [*answer.chunks] == chunks
+    assert (answer.status, len(answer.chunks), answer.is_drained) == ("IN_PROGRESS", 6, False)
+    answer.close()
+
+
+def test_a_full_disk_is_our_error(
+    stub: RunPodStub, client: RunPodClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class FullDisk(io.BytesIO):
+        def write(self, data: Any) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    job_id = submit(client).id
+    monkeypatch.setattr("tempfile.SpooledTemporaryFile", lambda size: FullDisk())
+    with pytest.raises(OutputFileError, match="No space left on device"):
+        client.stream(job_id, 1.0, waiter())
 
 
 def test_chunks_of_a_lost_answer_are_gone(stub: RunPodStub, client: RunPodClient) -> None:

@@ -167,6 +167,20 @@ def test_a_chunk_that_the_stream_lost_is_in_the_result(
 
 
 @needs_sdk
+def test_nothing_is_sent_before_an_output_when_nobody_looks(
+    stub: RunPodStub, server: DevServer, client: RunPodClient, worker: Any
+) -> None:
+    graphs = [bench_graph(), bench_graph(ENDLESS, seed=2, steps=1000)]
+    job = document(*graphs, options=wire.JobOptions(progress=False))
+    job_id = submit(client, wire.encode_request(job))
+    stub.wait_for(lambda s: s.jobs[0].chunks == 3, PATIENCE)
+    kinds = [chunk["kind"] for chunk in client.stream(job_id, 1, waiter()).chunks]
+    assert kinds == ["started", "output", "batch"]
+    client.cancel(job_id, waiter())
+    server.wait_for(lambda s: not {"running", "pending"} & set(statuses(s)), PATIENCE)
+
+
+@needs_sdk
 def test_cancelling_empties_the_queue_and_the_next_job_runs(
     stub: RunPodStub, server: DevServer, client: RunPodClient, worker: Any
 ) -> None:

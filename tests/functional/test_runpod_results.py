@@ -444,6 +444,20 @@ def test_a_run_out_of_time_names_its_job(bare: RunPodStub) -> None:
 # Stopping early.
 
 
+@pytest.mark.parametrize("how", ["cancel", "timeout"])
+def test_stopping_does_not_wait_for_runpod(bare: RunPodStub, how: str) -> None:
+    bare.faults.delay("POST", "/cancel/*", 2.0)
+    with executor_for(bare) as executor:
+        run = executor.submit_workflow(bench(), timeout=1.0 if how == "timeout" else None)
+        (future,) = run.futures
+        bare.wait_for(lambda s: s.calls["run"] == 1, PATIENCE)
+        if how == "cancel":
+            run.cancel()
+        assert isinstance(future.exception(PATIENCE), (WorkflowCancelledError, TimeoutError))
+        assert bare.jobs[0].status == "IN_QUEUE"
+    assert bare.jobs[0].status == "CANCELLED"  # closing waited for it
+
+
 def test_a_cancellation_breaks_off_the_present_poll(bare: RunPodStub) -> None:
     bare.faults.delay("GET", "/stream/*", 3600.0, times=1)
     with executor_for(bare) as executor:
