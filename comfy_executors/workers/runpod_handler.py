@@ -46,7 +46,7 @@ class RunPodWorker:
 
     Args:
         environment: The settings.
-        config: What `runpod.serverless.start` is given; see `_ask_for_fresh_worker`.
+        config: What `runpod.serverless.start` is given; see `_look_after`.
         shrink_result: Whether events that were streamed are made smaller afterwards; see `_Result`.
         stops: The stops that came before their jobs.
     """

@@ -369,7 +369,7 @@ def test_passing_trouble_loses_nothing_and_repeats_nothing(
     PASSING[name](stub.faults)
     delivered(make().submit_workflow(bench(), num_samples=3), 3)
     assert stub.faults._rules == []  # all of it happened
-    assert [job.status for job in stub.jobs] == ["COMPLETED"]
+    stub.wait_for(lambda s: [job.status for job in s.jobs] == ["COMPLETED"], PATIENCE)
     assert statuses(server) == {"success": 3}
 
 

@@ -142,7 +142,7 @@ def test_more_than_a_result_may_hold_comes_by_the_stream(
     whole = [n for event in status.output for n in assembler.add(event)]
     assert [type(item) for item in whole].count(wire.CompleteBatch) == 1
     assert {(item.batch, item.output) for item in assembler.missing()} == {
-        (index, 0) for index in assembler.unsettled
+        (index, 1) for index in assembler.unsettled
     }
 
 

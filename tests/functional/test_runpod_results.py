@@ -403,6 +403,12 @@ FAILURES: dict[str, tuple[Trouble, type[Exception], str]] = {
     ),
     "no result": (answers(), JobResultLostError, "S3"),
     "not a worker of ours": (answers(output={"text": "hi"}), ServerResponseError, "neither"),
+    "a bucket without keys": (
+        answers(output={"images": [
+            {"filename": "a.png", "type": "s3_url", "data": "simulated_uploaded/1f.png"},
+        ]}),
+        ServerResponseError, "path of its own instead of a URL",
+    ),
     "no event": (answers(output=[{"kind": "surprise"}]), ServerResponseError, "no event"),
     "key revoked": (refuses, AuthenticationError, "401"),
     "we cancel": (lambda stub, job_id, run: run.cancel(), WorkflowCancelledError, "cancelled"),

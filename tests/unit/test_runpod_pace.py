@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -45,18 +45,25 @@ def polls(time: Time, pace: Pace, count: int, answer: Callable[[float], bool]) -
     return starts
 
 
+def holding(time: Time, news: Iterable[bool] = ()) -> tuple[list[float], Callable[[float], bool]]:
+    """Make an answer that is held to its end, and the list of for how long; it brings no news."""
+    waits: list[float] = []
+    told = iter(news)
+
+    def held(wait: float) -> bool:
+        waits.append(wait)
+        time.now += wait
+        return next(told, False)
+
+    return waits, held
+
+
 def nobody() -> bool:
     return False
 
 
 def test_what_is_held_is_held_longer_and_longer(time: Time) -> None:
-    waits: list[float] = []
-
-    def held(wait: float) -> bool:
-        waits.append(wait)
-        time.now += wait
-        return False
-
+    waits, held = holding(time)
     polls(time, Pace(nobody), 5, held)
     assert waits == [2.0, 3.0, 4.5, 5.0, 5.0]
     assert sum(time.slept) == 0
@@ -80,14 +87,7 @@ def test_what_is_not_held_is_asked_for_less_and_less_with_jitter(
 
 
 def test_news_begin_it_anew(time: Time) -> None:
-    news = iter([False, False, True, False])
-    waits: list[float] = []
-
-    def held(wait: float) -> bool:
-        waits.append(wait)
-        time.now += wait
-        return next(news)
-
+    waits, held = holding(time, news=[False, False, True, False])
     polls(time, Pace(nobody), 4, held)
     assert waits == [2.0, 3.0, 4.5, 2.0]
 
@@ -110,13 +110,7 @@ def test_the_rest_of_a_burst_is_asked_for_at_once_after_a_quiet_time(time: Time)
 
 
 def test_in_a_crowd_nobody_holds_a_poll_for_long(time: Time) -> None:
-    waits: list[float] = []
-
-    def held(wait: float) -> bool:
-        waits.append(wait)
-        time.now += wait
-        return False
-
+    waits, held = holding(time)
     polls(time, Pace(lambda: True), 10, held)
     assert waits == [1.0] * 10
     assert len([seconds for seconds in time.slept if seconds > 3.9]) >= 3
