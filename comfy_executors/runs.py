@@ -619,11 +619,16 @@ class WorkflowRun:
 
     def _fail_batch(self, index: int, error: BaseException) -> None:
         with self._changed:
-            self._active.pop(index, None)
             self._note(index, error)
             future = self._futures.get(index)
         if future is not None:
             _fail_future(future, error, started=True)
+
+    def _leave(self, batches: Sequence[Batch]) -> None:
+        """Take note that nothing works on some batches any more, also not at cleaning up."""
+        with self._changed:
+            for batch in batches:
+                self._active.pop(batch.index, None)
 
     def _report(self, event: ProgressEvent) -> None:
         """Call `on_progress`, from one thread at a time."""

@@ -547,6 +547,8 @@ class BaseWorkflowExecutor(abc.ABC):
             if pending and not isinstance(error, ComfyExecutorsError):
                 logger.exception("batch %d failed in an unforeseen way", min(pending))
             fail_rest(error)
+        finally:
+            run._leave(batches)
 
     def _attempt(
         self, run: WorkflowRun, pending: dict[int, Batch], control: JobControl, started: float

@@ -11,11 +11,37 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from types import TracebackType
+from typing import Any
 
 from comfy_executors.errors import MissingExtraError
 from comfy_executors.testing.runpod_stub import RunPodStub
 
 _GRACE_SECONDS = 10.0
+# A worker in a group of its own outlives a test run that is killed, and asks its stub in vain for
+# ever. Its standard input ends with whoever started it.
+_WATCHED = """
+import os, runpy, signal, threading
+
+def watch():
+    while os.read(0, 1):
+        pass
+    os.killpg(0, signal.SIGKILL)
+
+threading.Thread(target=watch, daemon=True).start()
+"""
+
+
+def start_worker(program: str, **options: Any) -> subprocess.Popen[bytes]:
+    """Start a worker in a process group of its own that ends with this process at the latest.
+
+    Args:
+        program: What it runs, as Python code; `runpy` is imported.
+        options: Those of `subprocess.Popen`.
+    """
+    command = [sys.executable, "-c", _WATCHED + program]
+    return subprocess.Popen(  # noqa: S603  the program is the caller's own
+        command, stdin=subprocess.PIPE, start_new_session=True, **options
+    )
 
 
 class RunPodWorkerProcess:
@@ -59,12 +85,11 @@ class RunPodWorkerProcess:
         """Start the worker and return it; it asks for a job within some seconds."""
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed by stop()
         # A group of its own: the SDK pings from a second process.
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "comfy_executors.workers.runpod_handler"],
+        self._process = start_worker(
+            "runpy.run_module('comfy_executors.workers.runpod_handler', run_name='__main__')",
             env=self._environment,
             stdout=self._log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
         )
         return self
 
@@ -78,7 +103,7 @@ class RunPodWorkerProcess:
             process.wait(_GRACE_SECONDS)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        _reap(process)
         self._log.close()
 
     @property
@@ -92,7 +117,7 @@ class RunPodWorkerProcess:
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            _reap(self._process)
 
     def __enter__(self) -> RunPodWorkerProcess:
         return self.start()
@@ -104,3 +129,9 @@ class RunPodWorkerProcess:
         trace: TracebackType | None,
     ) -> None:
         self.stop()
+
+
+def _reap(process: subprocess.Popen[bytes]) -> None:
+    process.wait()
+    if process.stdin is not None:
+        process.stdin.close()

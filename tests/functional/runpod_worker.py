@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from comfy_executors.clients.http import DeadlineWaiter
 from comfy_executors.clients.runpod import RunPodClient
 from comfy_executors.clients.runpod_answers import RunPodJob
 from comfy_executors.testing import RunPodStub
+from comfy_executors.testing.runpod_process import start_worker
 
 PATIENCE = 20.0
 
@@ -97,12 +97,11 @@ def sdk_worker(
     log = folder / f"{worker_id}.log"
     environment = {**os.environ, **stub.worker_environment(worker_id)}
     with log.open("wb") as file:
-        process = subprocess.Popen(
-            [sys.executable, str(script)],
+        process = start_worker(
+            f"runpy.run_path({str(script)!r}, run_name='__main__')",
             env=environment,
             stdout=file,
             stderr=file,
-            start_new_session=True,
         )
     try:
         yield process
@@ -118,3 +117,5 @@ def kill(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    if process.stdin is not None:
+        process.stdin.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
@@ -174,6 +175,39 @@ def test_a_caller_hears_of_its_timeout_before_the_job_was_taken_back() -> None:
         assert len(run.errors) == 3
         told.set_result(None)
     assert threads_of(executor) == []
+
+
+def test_a_job_that_is_being_taken_back_is_still_known_to_its_mates() -> None:
+    gave_up: Future[None] = Future()
+    seen: Future[int] = Future()
+    both = threading.Event()
+    arrived = threading.Semaphore(1)
+
+    class Mates(BaseWorkflowExecutor):
+        """The second job's future fails first; only then the first one looks whom to stop."""
+
+        def _run_job(self, job: Job, control: JobControl) -> Iterator[BatchResult]:
+            if not arrived.acquire(blocking=False):
+                both.set()
+            try:
+                control.sleep(DEADLINE)
+            except WorkflowCancelledError as error:
+                if job.batches[0].index == 1:
+                    control.give_up(error)
+                    gave_up.set_result(None)
+                    assert seen.result(DEADLINE)
+                else:
+                    gave_up.result(DEADLINE)
+                    seen.set_result(len(control.mates()))
+                raise
+            yield BatchResult(0, [])
+
+    with Mates(max_workers=2) as executor:
+        run = executor.submit_workflow(WorkflowTemplate.from_graph(GRAPH), num_samples=2)
+        assert both.wait(DEADLINE)
+        run.cancel()
+        assert seen.result(DEADLINE) == 2
+    assert len(run.errors) == 2
 
 
 def test_a_future_of_many_is_found_without_making_all_anew() -> None:
