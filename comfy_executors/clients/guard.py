@@ -13,7 +13,7 @@ import io
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, ClassVar
 
@@ -152,6 +152,16 @@ class _HTTPSPool(urllib3.HTTPSConnectionPool):
     ConnectionCls = GuardedHTTPSConnection
 
 
+def _guarded(pools: Mapping[str, Any]) -> dict[str, Any]:
+    """Guard the connections of pools that cannot be imported here: SOCKS needs PySocks."""
+    guarded = {}
+    for scheme, pool in pools.items():
+        kinds, response = (_Guarded, pool.ConnectionCls), {"response_class": _Response}
+        connection = type(f"Guarded{pool.ConnectionCls.__name__}", kinds, response)
+        guarded[scheme] = type(pool.__name__, (pool,), {"ConnectionCls": connection})
+    return guarded
+
+
 class GuardedAdapter(HTTPAdapter):
     """The adapter of requests for one server, on connections that heed their call's `CallGuard`."""
 
@@ -175,7 +185,11 @@ class GuardedAdapter(HTTPAdapter):
         super().close()
         self._pool = None
 
-    def proxy_manager_for(self, *args: Any, **kwargs: Any) -> Any:
-        manager = super().proxy_manager_for(*args, **kwargs)
-        manager.pool_classes_by_scheme = self.pools
-        return manager
+    def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
+        if proxy not in self.proxy_manager:
+            manager = super().proxy_manager_for(proxy, **kwargs)
+            is_socks = proxy.lower().startswith("socks")
+            manager.pool_classes_by_scheme = (
+                _guarded(manager.pool_classes_by_scheme) if is_socks else self.pools
+            )
+        return self.proxy_manager[proxy]

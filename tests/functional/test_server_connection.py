@@ -23,7 +23,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import pytest
 import requests
@@ -96,11 +96,18 @@ def web_server(
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    other = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    with serving(Handler) as port:
+        yield f"127.0.0.1:{port}", seen
+
+
+@contextmanager
+def serving(handler: type[http.server.BaseHTTPRequestHandler]) -> Iterator[int]:
+    """Run such a server and return its port."""
+    other = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=other.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
-        yield f"127.0.0.1:{other.server_address[1]}", seen
+        yield int(other.server_address[1])
     finally:
         other.shutdown()
         thread.join()
@@ -452,6 +459,40 @@ def test_a_proxy_that_is_down_is_named_without_its_password(
     caught = failure(server.address, ServerUnreachableError, "set NO_PROXY")
     assert f"{server.url} cannot be reached through the proxy 127.0.0.1:9 of " in str(caught)
     assert KEY not in "".join(traceback.format_exception(None, caught, caught.__traceback__))
+
+
+class SocksHandler(http.server.BaseHTTPRequestHandler):
+    """A SOCKS proxy that gives the answers itself instead of passing them on."""
+
+    seen: ClassVar[list[tuple[str, int]]] = []
+
+    def setup(self) -> None:
+        super().setup()
+        _, methods = self.rfile.read(2)
+        self.rfile.read(methods)
+        self.wfile.write(b"\5\0")
+        *_, length = self.rfile.read(5)
+        host = self.rfile.read(length).decode()
+        self.seen.append((host, int.from_bytes(self.rfile.read(2), "big")))
+        self.wfile.write(b"\5\0\0\1" + bytes(6))
+
+    def do_GET(self) -> None:
+        (drip if self.path == "/drip" else answers(200, b"whole"))(self)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def test_a_socks_proxy_is_used_and_deadlines_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SocksHandler, "seen", [])
+    with serving(SocksHandler) as port:
+        monkeypatch.setenv("all_proxy", f"socks5h://127.0.0.1:{port}")
+        client = HttpClient("http://gpu.invalid:8188")
+        assert client.get("/whole", DeadlineWaiter(PATIENCE)).content == b"whole"
+        with pytest.raises(WaitTimeoutError):
+            client.get("/drip", DeadlineWaiter(0.5))
+        client.close()
+    assert set(SocksHandler.seen) == {("gpu.invalid", 8188)}
 
 
 _WITHOUT_PYSOCKS = """

@@ -135,7 +135,7 @@ def test_a_cookie_of_an_odd_name_is_no_obstacle(cookie: str) -> None:
     with running(Server(head=f"Set-Cookie: {cookie}\r\n")) as server, stream_to(server) as stream:
         client_id = stream.connect().result(PATIENCE)
         assert client_id is not None
-        assert stream.is_live(client_id)
+        assert stream.is_promising(client_id)
 
 
 class Forgetful(AuthBase):
@@ -168,7 +168,7 @@ def test_an_idle_connection_is_kept_alive(monkeypatch: pytest.MonkeyPatch) -> No
         client_id = stream.connect().result(PATIENCE)
         assert client_id is not None
         server.wait_for(lambda: server.pings >= 3)
-        assert stream.is_live(client_id)
+        assert stream.is_promising(client_id)
         assert len(server.seen) == 1
 
 
