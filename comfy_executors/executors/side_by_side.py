@@ -46,7 +46,7 @@ class _Crew(Generic[T]):
 
     def __init__(self, calls: Sequence[Call[T]], control: JobControl) -> None:
         self.control = control
-        self._calls = calls
+        self._calls = list(calls)
         self._lock = threading.Lock()
         self._futures: list[Future[T]] = [Future() for _ in calls]
         self._next = 0
@@ -75,8 +75,10 @@ class _Crew(Generic[T]):
             self._break_off(behind=-1)
             for helper in helpers:
                 helper.join()
-            # An error that somebody keeps holds on to us, and results can be large.
+            # Results can be large, and calls may know them. An error that is kept holds on to us,
+            # and so do the answers of our calls, until the garbage collector sees to them.
             self._futures.clear()
+            self._calls.clear()
 
     def _work(self) -> None:
         while self._make_next():

@@ -129,6 +129,7 @@ def test_a_run_that_ends_breaks_off_all_of_them(how: str) -> None:
                     assert woken.wait(DEADLINE)
                 waiter.sleep(LONG)
         except BaseException as error:
+            threading.Event().wait(0.2)  # it is waited for, too
             broken_off.append(type(error))
             raise
 
@@ -148,6 +149,28 @@ def test_a_run_that_ends_breaks_off_all_of_them(how: str) -> None:
         assert helpers() == []
     assert len(broken_off) == AT_ONCE
     assert crowd.inside == 0
+
+
+def test_a_cancellation_breaks_off_each_call_that_is_being_made() -> None:
+    called: list[int] = []
+    ready = threading.Event()
+
+    def behave(executor: GatedExecutor, tag: str, batch: Batch, control: JobControl) -> None:
+        with control.interrupting(lambda: called.append(0)):
+            pass
+        with (
+            control.interrupting(lambda: called.append(1)),
+            control.interrupting(lambda: called.append(2)),
+        ):
+            ready.set()
+            control.sleep(LONG)
+
+    with GatedExecutor(behave) as executor:
+        run = executor.submit(1)
+        assert ready.wait(DEADLINE)
+        run.cancel()
+        assert isinstance(run.futures[0].exception(DEADLINE), WorkflowCancelledError)
+    assert sorted(called) == [1, 2]
 
 
 def test_without_more_threads_it_does_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
