@@ -26,6 +26,7 @@ _EDITOR_ONLY = _NOTES | _REROUTES | {_PRIMITIVE, _SETTER, _GETTER}
 _INPUT_BOX, _OUTPUT_BOX = "-10", "-20"
 _ANY = ("*", "", "0")
 _SHOWN_UNKNOWN = 10
+_MOST_NODES = 20_000
 
 Node = Mapping[str, Any]
 
@@ -107,7 +108,14 @@ class _Export:
         self._info = object_info
         definitions = (workflow.get("definitions") or {}).get("subgraphs") or []
         self._subgraphs = {graph.get("id"): graph for graph in definitions}
-        self._levels = {level.path: level for level in self._unfold(_Level("", workflow))}
+        self._levels: dict[str, _Level] = {}
+        size = 0
+        for level in self._unfold(_Level("", workflow)):
+            self._levels[level.path] = level
+            size += len(level.nodes)
+            if size > _MOST_NODES:
+                # A few subgraphs, each with some of the next, unfold without end.
+                raise GraphError(f"unfolded, the workflow has more than {_MOST_NODES} nodes")
 
     def graph(self) -> Graph:
         placed = [(level, node) for level in self._levels.values() for node in level.nodes.values()]

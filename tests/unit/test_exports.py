@@ -507,6 +507,17 @@ def test_a_subgraph_in_itself() -> None:
     assert "contains itself" in str(refusal(Editor().add(1, "one"), one, two))
 
 
+def test_subgraphs_that_multiply_without_end() -> None:
+    levels = [Editor().add(1, "Loader").inside("s0", "", "")]
+    for depth in range(1, 40):
+        level = Editor()
+        for number in range(30):
+            level.add(number, f"s{depth - 1}")
+        levels.append(level.inside(f"s{depth}", "", ""))
+    error = refusal(Editor().add(1, "s39"), *levels)
+    assert str(error) == "unfolded, the workflow has more than 20000 nodes"
+
+
 @pytest.mark.parametrize("node", [None, [], {"id": 1}, {"type": "A"}, {"id": 1, "type": 2}])
 def test_a_damaged_node(node: Any) -> None:
     with pytest.raises(GraphError, match="one of its nodes has no id or no type"):
