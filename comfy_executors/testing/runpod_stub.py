@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import inspect
-import threading
 from collections import Counter
 from collections.abc import Callable
-from types import TracebackType
 
 from aiohttp import web
 
 from comfy_executors.devserver.listener import Listener
 from comfy_executors.devserver.middleware import Gate
-from comfy_executors.devserver.records import Journal, RequestRecord
 from comfy_executors.testing.runpod_faults import RunPodFaults
 from comfy_executors.testing.runpod_jobs import StubJob
 from comfy_executors.testing.runpod_platform import Platform
 from comfy_executors.testing.runpod_records import JobRecord, Limits
 from comfy_executors.testing.runpod_routes import MAX_BODY_BYTES, Doorman, Routes
+from comfy_executors.testing.stand_in import StandIn
 
 
-class RunPodStub:
+class RunPodStub(StandIn):
     """RunPod's serverless platform on loopback, with one endpoint, in a thread of its own.
 
     Clients use it as they use RunPod, and workers as well: the RunPod SDK's own worker loop runs
@@ -45,68 +43,30 @@ class RunPodStub:
     def __init__(
         self, port: int = 0, *, endpoint_id: str = "stub-endpoint", api_key: str = "stub-key"
     ) -> None:
+        super().__init__(port)
         self.endpoint_id = endpoint_id
         self.api_key = api_key
         self.limits = Limits()
         self.faults = RunPodFaults(self._refuse_connections, self._look_again)
-        self._port = port
         self._prefix = f"/v2/{endpoint_id}"
-        self._journal = Journal()
-        self._lifecycle = threading.RLock()
-        self._listener: Listener | None = None
         self._platform: Platform | None = None
 
-    def start(self) -> RunPodStub:
-        """Start the stub and return it; it accepts connections then.
+    def _serve(self, listener: Listener) -> None:
+        self._platform = Platform(listener.loop, self.limits, self.faults, self._journal)
+        self._gate = Gate(self._prefix, {}, self.faults, self._journal)
+        listener.start(self._application(self._platform, self._gate))
 
-        Raises:
-            OSError: The port is taken.
-            RuntimeError: The stub runs already.
-        """
-        with self._lifecycle:
-            if self._listener is not None:
-                raise RuntimeError(f"the stub already runs at {self.url}")
-            listener = Listener("127.0.0.1", self._port, None)
-            self._port = listener.port
-            self._platform = Platform(listener.loop, self.limits, self.faults, self._journal)
-            self._gate = Gate(self._prefix, {}, self.faults, self._journal)
-            listener.start(self._application(self._platform))
-            self._listener = listener
-            self._refuse_connections(self.faults.refuse_connections)
-        return self
+    @property
+    def _refuses(self) -> bool:
+        return self.faults.refuse_connections
 
-    def _application(self, platform: Platform) -> web.Application:
+    def _application(self, platform: Platform, gate: Gate) -> web.Application:
         doorman = Doorman(self._prefix, self.api_key, self.limits)
         app = web.Application(
-            middlewares=[self._gate.handle, doorman.handle], client_max_size=MAX_BODY_BYTES
+            middlewares=[gate.handle, doorman.handle], client_max_size=MAX_BODY_BYTES
         )
         app.add_routes(Routes(platform, self.limits).table(self._prefix))
         return app
-
-    def stop(self) -> None:
-        """Stop the stub; its thread has ended and its sockets are closed when this returns.
-
-        The records stay. Stopping a stub that does not run has no effect.
-        """
-        with self._lifecycle:
-            listener, self._listener = self._listener, None
-            if listener is not None:
-                listener.close()
-
-    def __enter__(self) -> RunPodStub:
-        return self.start()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.stop()
-
-    def __repr__(self) -> str:
-        state = "running" if self._listener is not None else "stopped"
-        return f"<RunPodStub {self.url} {state}>"
 
     @property
     def url(self) -> str:
@@ -117,11 +77,6 @@ class RunPodStub:
     def jobs(self) -> list[JobRecord]:
         """Every job that was taken, in order, as it is now."""
         return [] if self._platform is None else self._platform.records
-
-    @property
-    def requests(self) -> list[RequestRecord]:
-        """Every request that was answered or cut off on purpose, in order."""
-        return self._journal.requests
 
     @property
     def calls(self) -> Counter[str]:
@@ -209,16 +164,6 @@ class RunPodStub:
             if job is None:
                 raise KeyError(job_id)
             self._listener.call(_on_loop(lambda: action(platform, job)))
-
-    def _refuse_connections(self, refuse: bool) -> None:
-        with self._lifecycle:
-            if self._listener is None:
-                return
-            if refuse:
-                self._listener.shut()
-                self._listener.close_idle_connections(self._gate.is_idle)
-            else:
-                self._listener.open()
 
     def _look_again(self) -> None:
         with self._lifecycle:

@@ -15,6 +15,7 @@ from comfy_executors.wire.assembler import (
 )
 from comfy_executors.wire.documents import (
     DOCUMENT_KEY,
+    SHA256,
     VERSION,
     InputFile,
     JobDocument,
@@ -45,6 +46,7 @@ from comfy_executors.wire.failures import decode_error, encode_error
 __all__ = [
     "DOCUMENT_KEY",
     "PART_BYTES",
+    "SHA256",
     "VERSION",
     "Assembler",
     "BatchEnded",

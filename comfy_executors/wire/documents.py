@@ -16,6 +16,7 @@ from comfy_executors.errors import InputImageError, WorkflowRejectedError
 VERSION = 1
 # Of the document in a RunPod request: a key that the official worker does not look at.
 DOCUMENT_KEY = "comfy_executors"
+SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_SEED = 2**64 - 1
 _MAX_NAME_BYTES = 200
 _UNSAFE_NAME = re.compile(r"[/\\\x00-\x1f\x7f]|^\.+$")
@@ -45,12 +46,14 @@ class InputFile:
     Args:
         name: Its name there, without a folder.
         data: Its bytes; or
-        url: where the worker gets them.
+        url: where the worker gets them; or
+        sha256: their digest, under which the worker was given them before.
     """
 
     name: str
     data: bytes | None = field(default=None, repr=False)
     url: str | None = field(default=None, repr=False)  # a presigned one is as good as a key
+    sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,8 @@ def encode_document(document: JobDocument, *, inline: bool = True) -> dict[str, 
 def _encode_file(file: InputFile, inline: bool) -> dict[str, Any]:
     if file.url is not None:
         return {"name": file.name, "url": file.url}
+    if file.sha256 is not None:
+        return {"name": file.name, "sha256": file.sha256}
     if inline and file.data is not None:
         return {"name": file.name, "data": base64.b64encode(file.data).decode()}
     return {"name": file.name}
@@ -244,6 +249,11 @@ def _file(raw: Any, images: Mapping[str, Any]) -> InputFile:
         if not isinstance(url, str):
             raise InputImageError(f"the url of the input image {name} is not a string")
         return InputFile(name, url=url)
+    sha256 = raw.get("sha256")
+    if sha256 is not None:
+        if not isinstance(sha256, str) or not SHA256.fullmatch(sha256):
+            raise InputImageError(f"the sha256 of the input image {name} is no digest")
+        return InputFile(name, sha256=sha256)
     if data is None:
         raise InputImageError(f"the input image {name} has neither bytes nor a url")
     return InputFile(name, decode_base64(data, name))

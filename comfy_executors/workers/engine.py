@@ -10,13 +10,14 @@ from collections import deque
 from collections.abc import Iterator
 from functools import partial
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import comfy_executors
 from comfy_executors.clients.comfyui import ComfyUIClient
 from comfy_executors.clients.http import HttpClient
 from comfy_executors.errors import (
     ComfyExecutorsError,
+    InputImageError,
     NodeExecutionError,
     OutputFileError,
     ServerNotReadyError,
@@ -31,6 +32,7 @@ from comfy_executors.wire import (
     BatchEnded,
     End,
     Failed,
+    InputFile,
     JobDocument,
     JobGraph,
     OutputPart,
@@ -55,6 +57,16 @@ _QUEUED = 2
 _IN_FLIGHT = 2 * _QUEUED
 _READY_SLICE = 1.0  # seconds of waiting for ComfyUI between two looks at a cancellation
 _CANCEL_SECONDS = 20.0
+
+
+class JobFiles(Protocol):
+    """The place of an app for the files of one job."""
+
+    def put_output(self, batch: int, name: str, data: bytes) -> str:
+        """Keep an output and return its URL; OutputFileError where it cannot be kept."""
+
+    def read_input(self, sha256: str, name: str) -> bytes:
+        """Return an input image by its digest; InputImageError where it is not there."""
 
 
 class Engine:
@@ -88,14 +100,21 @@ class Engine:
         self.ledger = Ledger()
         self._comfy_org_api_key = comfy_org_api_key
 
-    def start(self, document: JobDocument, comfy_org_api_key: str | None = None) -> Execution:
+    def start(
+        self,
+        document: JobDocument,
+        comfy_org_api_key: str | None = None,
+        *,
+        files: JobFiles | None = None,
+    ) -> Execution:
         """Begin a job; iterate over what this returns.
 
         Args:
             document: The job.
             comfy_org_api_key: Its own key for nodes that call paid services.
+            files: Where its outputs go and its input images may lie, if the app has such a place.
         """
-        return Execution(self, document, comfy_org_api_key or self._comfy_org_api_key)
+        return Execution(self, document, comfy_org_api_key or self._comfy_org_api_key, files)
 
     def close(self) -> None:
         """Cancel what runs and end all threads."""
@@ -133,11 +152,16 @@ class Execution:
     """
 
     def __init__(
-        self, engine: Engine, document: JobDocument, comfy_org_api_key: str | None = None
+        self,
+        engine: Engine,
+        document: JobDocument,
+        comfy_org_api_key: str | None = None,
+        files: JobFiles | None = None,
     ) -> None:
         self._engine = engine
         self._document = document
         self._comfy_org_api_key = comfy_org_api_key
+        self._files = files
         self._client = ComfyUIClient(engine.http)
         self._inbox = Inbox(document.options.progress)
         self._waiter = JobWaiter()
@@ -247,10 +271,18 @@ class Execution:
     def _upload(self) -> None:
         # In every job: it costs nothing on one machine, and no other file can be in the way.
         for file in self._document.input_images:
-            data = file.data
-            if data is None:
-                data = self._engine.downloader.fetch(file.url or "", file.name, self._waiter)
-            self._client.upload(data, file.name, "", self._waiter)
+            self._client.upload(self._content(file), file.name, "", self._waiter)
+
+    def _content(self, file: InputFile) -> bytes:
+        if file.data is not None:
+            return file.data
+        if file.sha256 is None:
+            return self._engine.downloader.fetch(file.url or "", file.name, self._waiter)
+        if self._files is None:
+            raise InputImageError(
+                f"this worker keeps no input images: {file.name} must come with its bytes or a url"
+            )
+        return self._files.read_input(file.sha256, file.name)
 
     # The batches.
 
@@ -353,16 +385,18 @@ class Execution:
 
     def _store(self, batch: int, number: int, name: str, data: bytes) -> str | None:
         storage = self._engine.storage
-        if storage is None:
-            return None
-        self._waiter.limit(0)
-        file = f"{batch:05d}_{number:03d}_{safe_name(name, 'output')}"
         try:
-            return storage.put(f"{self._document.request_id}/{file}", data)
+            if self._files is not None:
+                self._waiter.limit(0)
+                return self._files.put_output(batch, name, data)
+            if storage is not None:
+                self._waiter.limit(0)
+                file = f"{batch:05d}_{number:03d}_{safe_name(name, 'output')}"
+                return storage.put(f"{self._document.request_id}/{file}", data)
         except OutputFileError as error:
             # The picture is made and paid for, and the events can carry it.
             logger.warning("%s; it is sent in the events instead", error)
-            return None
+        return None
 
 
 def _sickness(error: BaseException) -> str | None:
