@@ -34,12 +34,16 @@ class CallGuard:
 
     Args:
         limit: Shortens a number of seconds to what the call's deadline leaves, or raises.
-        read_seconds: How long one read may wait, and how long all of an answer's head may take.
+        read_seconds: How long one read may wait.
+        head_seconds: How long all of an answer's head may take.
     """
 
-    def __init__(self, limit: Callable[[float], float], read_seconds: float) -> None:
+    def __init__(
+        self, limit: Callable[[float], float], read_seconds: float, head_seconds: float
+    ) -> None:
         self._limit = limit
         self._read_seconds = read_seconds
+        self._head_seconds = head_seconds
         self._lock = threading.Lock()
         self._connection: http.client.HTTPConnection | None = None
         self._interrupted = False
@@ -80,16 +84,17 @@ class CallGuard:
 
     def wait_for_head(self) -> None:
         """Say that the request is sent."""
-        self._head_until = time.monotonic() + self._read_seconds
+        self._head_until = time.monotonic() + self._head_seconds
 
     def seconds_to_read(self) -> float:
         """Tell for how long the next read may wait; TimeoutError when the call is over."""
+        left = self._read_seconds
+        if self._head_until is not None:
+            left = self._head_until - time.monotonic()
         try:
-            left = self._limit(self._read_seconds)
+            left = min(left, self._limit(max(left, 0.0)))
         except ComfyExecutorsError as error:
             raise TimeoutError(str(error)) from error
-        if self._head_until is not None:
-            left = min(left, self._head_until - time.monotonic())
         if self._interrupted or left <= 0:
             raise TimeoutError("the call was broken off")
         return left

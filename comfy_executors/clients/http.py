@@ -175,6 +175,7 @@ class HttpClient:
         outage_timeout: Seconds for which failed calls are repeated, once the server has answered
             at all.
         connections: How many connections are kept open.
+        head_seconds: How long a server may think before it answers.
 
     Raises:
         ValueError: A header has characters that HTTP does not allow.
@@ -189,8 +190,10 @@ class HttpClient:
         verify: bool | str = True,
         outage_timeout: float = 60.0,
         connections: int = 10,
+        head_seconds: float = READ_SECONDS,
     ) -> None:
         self.base_url = base_url
+        self._head_seconds = head_seconds
         self._headers = _checked_headers(headers or {})
         if isinstance(auth, tuple):
             auth = HTTPBasicAuth(_utf8(auth[0]), _utf8(auth[1]))
@@ -334,9 +337,9 @@ class HttpClient:
         # Zero would be an error, not a short time.
         timeout = (
             max(waiter.limit(CONNECT_SECONDS), 0.01),
-            max(waiter.limit(READ_SECONDS), 0.01),
+            max(waiter.limit(self._head_seconds), 0.01),
         )
-        guard = CallGuard(waiter.limit, READ_SECONDS)
+        guard = CallGuard(waiter.limit, READ_SECONDS, self._head_seconds)
         try:
             prepared = self._prepare(request)
             with (
@@ -467,7 +470,7 @@ class HttpClient:
             server,
             status,
             transient=status in _TRANSIENT,
-            retry_after=_retry_after(answer),
+            retry_after=retry_after(answer),
         )
 
     def _has_key(self) -> bool:
@@ -500,7 +503,8 @@ def _wait(state: tenacity.RetryCallState) -> float:
     return max(backoff, _FIRST_WAIT, getattr(error, "retry_after", None) or 0.0)
 
 
-def _retry_after(answer: Answer) -> float | None:
+def retry_after(answer: Answer) -> float | None:
+    """Read for how many seconds the server wants to be left alone, if it says so."""
     text = answer.headers.get("retry-after", "")
     # Longer than a minute helps nobody who waits; the form with a date is rare and ignored.
     return min(float(text), 60.0) if text.isdecimal() else None
