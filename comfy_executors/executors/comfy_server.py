@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import threading
 import uuid
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar
 
@@ -36,6 +34,7 @@ from comfy_executors.errors import (
 from comfy_executors.executors.base import BaseWorkflowExecutor
 from comfy_executors.executors.comfy_prompt import ComfyPrompt
 from comfy_executors.executors.control import JobControl
+from comfy_executors.executors.once import Once
 from comfy_executors.executors.side_by_side import AT_ONCE, side_by_side
 from comfy_executors.images import InputImageSet
 from comfy_executors.runs import Batch, BatchResult, Job
@@ -71,8 +70,7 @@ class ComfyServerWorkflowExecutor(BaseWorkflowExecutor):
 
     _greeted: bool
     _object_info: dict[str, Any] | None  # once a graph was refused
-    _uploads: dict[str, Future[None]]  # by the set's folder, which follows from its content
-    _uploads_lock: threading.Lock
+    _uploads: Once
 
     def __init__(
         self,
@@ -148,7 +146,7 @@ class ComfyServerWorkflowExecutor(BaseWorkflowExecutor):
         try:
             yield self._run_batch(batch, graph, job, control)
         except PromptLostError:
-            self._forget_uploads()  # a server that started anew may have lost them, too
+            self._uploads.forget()  # a server that started anew may have lost them, too
             raise
         except OutputMissingError as error:
             if not error.cached or error.node_id is None:
@@ -168,7 +166,7 @@ class ComfyServerWorkflowExecutor(BaseWorkflowExecutor):
             if uploaded or job.input_images is None:
                 raise self._explained(error, graph, control) from error
             # Input images that an earlier run uploaded may be gone with the server's disk.
-            self._forget_uploads()
+            self._uploads.forget()
             self._upload(job.input_images, control)
         return ComfyPrompt(self._client, self._events, control, job, batch, graph).run()
 
@@ -206,49 +204,20 @@ class ComfyServerWorkflowExecutor(BaseWorkflowExecutor):
 
     def _upload(self, images: InputImageSet | None, control: JobControl) -> bool:
         """Upload a set of images unless that was done; tell whether it was done just now."""
-        while images is not None:
-            with self._uploads_lock:
-                future = self._uploads.get(images.folder)
-                if future is None:
-                    self._forget_oldest_uploads()
-                    mine = self._uploads[images.folder] = Future()
-            if future is None:
-                self._upload_as_first(images, mine, control)
-                return True
-            control.wait_for(future)
-            if future.exception() is None:
-                return False
-            # Whoever was first failed, perhaps only because its run was cancelled: our turn.
-        return False
+        if images is None:
+            return False
+        # By the set's folder, which follows from its content.
+        return self._uploads.do(images.folder, control, partial(self._put_all, images, control))
 
-    def _upload_as_first(
-        self, images: InputImageSet, mine: Future[None], control: JobControl
-    ) -> None:
-        try:
-            calls = [partial(self._put, images.folder, *item) for item in images.files.items()]
-            with contextlib.closing(side_by_side(calls, control)) as uploads:
-                for _ in uploads:
-                    pass
-        except BaseException as error:
-            with self._uploads_lock:
-                self._uploads.pop(images.folder, None)
-            mine.set_exception(error)
-            raise
-        mine.set_result(None)
+    def _put_all(self, images: InputImageSet, control: JobControl) -> None:
+        calls = [partial(self._put, images.folder, *item) for item in images.files.items()]
+        with contextlib.closing(side_by_side(calls, control)) as uploads:
+            for _ in uploads:
+                pass
 
     def _put(self, folder: str, name: str, data: bytes, waiter: Waiter) -> None:
         if not self._client.has_input(name, folder, len(data), waiter):
             self._client.upload(data, name, folder, waiter)
-
-    def _forget_oldest_uploads(self) -> None:
-        """Make room for one more; the lock is held."""
-        done = [folder for folder, future in self._uploads.items() if future.done()]
-        for folder in done[: max(0, len(self._uploads) + 1 - _KNOWN_UPLOADS)]:
-            del self._uploads[folder]
-
-    def _forget_uploads(self) -> None:
-        with self._uploads_lock:
-            self._uploads = {k: future for k, future in self._uploads.items() if not future.done()}
 
     def _close_backend(self) -> None:
         self._events.close()
@@ -262,8 +231,7 @@ class ComfyServerWorkflowExecutor(BaseWorkflowExecutor):
     def _reset_knowledge(self) -> None:
         self._greeted = False
         self._object_info = None
-        self._uploads = {}
-        self._uploads_lock = threading.Lock()
+        self._uploads = Once(_KNOWN_UPLOADS)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.url} {super().__repr__().split(' ', 1)[1]}"
