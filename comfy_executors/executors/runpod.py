@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,20 +21,21 @@ from comfy_executors.clients.runpod_payload import (
     too_large,
 )
 from comfy_executors.errors import InputImageError
-from comfy_executors.executors.base import BaseWorkflowExecutor
 from comfy_executors.executors.control import JobControl
 from comfy_executors.executors.joining import JoinedGraph, join
+from comfy_executors.executors.queue_watch import QueueWatch
 from comfy_executors.executors.remote_inputs import RemoteInputImageSet
-from comfy_executors.executors.runpod_attached import (
-    AttachedJob,
-    Attachment,
-    unknown_graph,
-)
 from comfy_executors.executors.runpod_job import RunPodJobRun, cancel_job
 from comfy_executors.executors.runpod_official import OfficialWorker
 from comfy_executors.executors.runpod_pace import JobLimits
-from comfy_executors.executors.runpod_queue import QueueWatch
-from comfy_executors.graphs import whole_number
+from comfy_executors.executors.runpod_queue import describe
+from comfy_executors.executors.serverless import (
+    AttachedJob,
+    ServerlessWorkflowExecutor,
+    attached_batches,
+    job_graph,
+    unknown_graph,
+)
 from comfy_executors.images import InputImageSet, InputImageSource
 from comfy_executors.runs import (
     Batch,
@@ -46,9 +48,7 @@ from comfy_executors.runs import (
 )
 from comfy_executors.wire import (
     DOCUMENT_KEY,
-    JobDocument,
     JobGraph,
-    JobOptions,
     encode_request,
 )
 
@@ -57,7 +57,7 @@ WORKERS = ("auto", "comfy-executors", "worker-comfyui")
 _UNCERTAIN = ("raise", "resubmit")
 
 
-class RunPodWorkflowExecutor(BaseWorkflowExecutor):
+class RunPodWorkflowExecutor(ServerlessWorkflowExecutor):
     """Run workflow templates on a RunPod serverless endpoint.
 
     Args:
@@ -96,26 +96,22 @@ class RunPodWorkflowExecutor(BaseWorkflowExecutor):
     ) -> None:
         _check_choice("worker", worker, WORKERS)
         _check_choice("on_uncertain_submit", on_uncertain_submit, _UNCERTAIN)
-        if batches_per_job is not None:
-            batches_per_job = whole_number("batches_per_job", batches_per_job, 1)
         low, high = EXECUTION_TIMEOUT_SECONDS
         if not low <= execution_timeout <= high:
             raise ValueError(f"execution_timeout is from {low:g} to {high:g} seconds")
         if not 0 < queue_timeout <= TTL_SECONDS[1] - execution_timeout - 60:
             raise ValueError("queue_timeout and execution_timeout together are at most 7 days")
-        super().__init__(batch_size, max_workers=max_workers)
+        super().__init__(batch_size, max_workers=max_workers, batches_per_job=batches_per_job)
         self.worker = worker
-        self.batches_per_job = batches_per_job
         self._client = RunPodClient(endpoint_id, api_key, base_url)
         self.endpoint_id = endpoint_id
         self.url = self._client.url
         self._limits = JobLimits(
             queue_timeout, execution_timeout, on_uncertain_submit == "resubmit"
         )
-        self._watch = QueueWatch(self._client)
+        self._watch = QueueWatch(lambda waiter: describe(self._client.health(waiter)))
         self._found_worker: str | None = None
         self._official = OfficialWorker(is_known=worker == "worker-comfyui")
-        self._unfollowed: dict[Attachment, str] = {}
 
     def attach(
         self,
@@ -161,16 +157,8 @@ class RunPodWorkflowExecutor(BaseWorkflowExecutor):
             on_progress=on_progress,
             output_dir=None if output_dir is None else Path(output_dir),
         )
-        attachment = Attachment(job_id, first_batch)
-        self._unfollowed[attachment] = job_id
-        try:
-            job = AttachedJob((), output_dir=options.output_dir, attachment=attachment)
-            attachment.run = self._start(batches, job, options)
-        except BaseException:
-            self._unfollowed.pop(attachment, None)
-            raise
-        self._cancel_unfollowed()  # another thread may have closed the executor just now
-        return attachment.run
+        numbers = range(first_batch, first_batch + num_batches)
+        return self._attach(job_id, batches, numbers, options)
 
     def health(self, waiter: Waiter | None = None) -> RunPodHealth:
         """Ask for the endpoint's counts of jobs and workers.
@@ -197,28 +185,24 @@ class RunPodWorkflowExecutor(BaseWorkflowExecutor):
             raise InputImageError("worker-comfyui takes no URLs of input images: pass their bytes")
         return images
 
-    def _job_size(self, batches: Sequence[Batch], job: Job) -> int:
-        if isinstance(job, AttachedJob):
-            return len(batches)
-        first = _job_graph(batches[0])
-        wanted = min(len(batches), self.batches_per_job or len(batches))
+    def _fitting(self, first: Batch, job: Job) -> int:
+        graph = job_graph(first)
         files = job.input_images.files.values() if job.input_images else ()
         if self._official.is_known:
-            self._official.warn_of_size(first, files)
-            return min(wanted, self._official.fitting(first, files) or wanted)
+            self._official.warn_of_size(graph, files)
+            return self._official.fitting(graph, files) or sys.maxsize
         if self.worker == "auto" and self._found_worker is None:
-            self._official.warn_of_size(first, files)
+            self._official.warn_of_size(graph, files)
         inputs = sum(map(len, {*files})) * 4 // 3
         # A graph travels twice where the request is for both workers.
-        graph = len(json.dumps(first.graph)) * (2 if self.worker == "auto" else 1) + 200
-        return max(1, min(wanted, (_ROOM_BYTES - inputs) // graph))
+        size = len(json.dumps(graph.graph)) * (2 if self.worker == "auto" else 1) + 200
+        return (_ROOM_BYTES - inputs) // size
 
-    def _run_job(self, job: Job, control: JobControl) -> Iterator[BatchResult | BatchFailure]:
-        if isinstance(job, AttachedJob):
-            yield from self._follow_attached(job, control)
-            return
+    def _submit_and_follow(
+        self, job: Job, control: JobControl
+    ) -> Iterator[BatchResult | BatchFailure]:
         batches = {batch.index: batch for batch in job.batches}
-        waiting = [_job_graph(batch) for batch in job.batches]
+        waiting = [job_graph(batch) for batch in job.batches]
         most = len(waiting)
         while waiting:
             joined = self._join_graphs(waiting[:most], job, control)
@@ -250,13 +234,11 @@ class RunPodWorkflowExecutor(BaseWorkflowExecutor):
     def _follow_attached(
         self, job: AttachedJob, control: JobControl
     ) -> Iterator[BatchResult | BatchFailure]:
-        attachment = job.attachment
-        self._unfollowed.pop(attachment, None)
-        batches = {attachment.first_batch + batch.index: batch for batch in job.batches}
+        batches = attached_batches(job)
         run = RunPodJobRun(
             self._client, control, batches, self._limits, self._watch, output_dir=job.output_dir
         )
-        run.attach(attachment.job_id)
+        run.attach(job.attachment.job_id)
         yield from run.follow()
         if run.output is None:
             run.raise_for_rest()
@@ -267,16 +249,8 @@ class RunPodWorkflowExecutor(BaseWorkflowExecutor):
         for number in shares.missing:
             yield BatchFailure(batches[number].index, copy.copy(shares.error))
 
-    def _wake(self) -> None:
-        super()._wake()
-        self._cancel_unfollowed()
-
-    def _cancel_unfollowed(self) -> None:
-        """Cancel the jobs of attached runs that were stopped before a thread came to them."""
-        for attachment in list(self._unfollowed):
-            # Whoever takes it out sees to it: this, or the thread that follows it.
-            if attachment.is_stopped and self._unfollowed.pop(attachment, ""):
-                cancel_job(self._client, attachment.job_id)
+    def _cancel_job(self, job_id: str) -> None:
+        cancel_job(self._client, job_id)
 
     def _join_graphs(
         self, waiting: Sequence[JobGraph], job: Job, control: JobControl
@@ -321,43 +295,22 @@ class RunPodWorkflowExecutor(BaseWorkflowExecutor):
         job: Job,
         control: JobControl,
     ) -> dict[str, Any]:
-        document = self._document(waiting, job, control)
+        document = self._document(control.job_id, waiting, job, control)
         request = encode_request(document, None if joined is None else joined.graph)
         if self.worker == "worker-comfyui":
             del request[DOCUMENT_KEY]
         return request
 
-    def _document(self, graphs: Sequence[JobGraph], job: Job, control: JobControl) -> JobDocument:
-        images = job.input_images
-        return JobDocument(
-            control.job_id,
-            tuple(graphs),
-            images.unique if isinstance(images, RemoteInputImageSet) else (),
-            JobOptions(
-                job.include_previews,
-                job.allow_partial,
-                control.batch_timeout,
-                control.wants_progress,
-            ),
-        )
-
     def _close_backend(self) -> None:
         self._client.close()
 
     def _reset_backend(self) -> None:
+        super()._reset_backend()
         self._client.reset()
         self._watch.reset()
-        self._unfollowed.clear()  # the parent follows them
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.url} {super().__repr__().split(' ', 1)[1]}"
 
 
 RunpodComfyWorkflowExecutor = RunPodWorkflowExecutor
-
-
-def _job_graph(batch: Batch) -> JobGraph:
-    return JobGraph(batch.index, batch.size, batch.seed, batch.render(batch))
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:

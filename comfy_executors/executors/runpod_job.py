@@ -11,20 +11,18 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, Union
+from typing import Any, TypeVar
 
 from comfy_executors.clients.http import DeadlineWaiter
 from comfy_executors.clients.result_files import fetch_result
 from comfy_executors.clients.runpod import RunPodClient
 from comfy_executors.clients.runpod_answers import (
+    IN_QUEUE,
     TERMINAL,
     RunPodStatus,
     RunPodStream,
 )
 from comfy_executors.errors import (
-    ComfyExecutorsError,
-    JobOutputLostError,
-    JobTimeoutError,
     ServerError,
     SubmitUncertainError,
     WaitTimeoutError,
@@ -32,27 +30,19 @@ from comfy_executors.errors import (
     WorkflowTimeoutError,
 )
 from comfy_executors.executors.control import JobControl
-from comfy_executors.executors.runpod_pace import LEAST_WAIT, Clock, JobLimits, Pace
-from comfy_executors.executors.runpod_queue import QueueWatch
-from comfy_executors.images import WorkflowOutput, WorkflowOutputImage, kind_of
-from comfy_executors.runs import Batch, BatchFailure, BatchResult, ProgressEvent
-from comfy_executors.wire import (
-    Assembler,
-    CompleteBatch,
-    Failed,
-    News,
-    Progress,
-    Started,
-    WholeOutput,
-)
+from comfy_executors.executors.job_budgets import JobBudgets
+from comfy_executors.executors.job_results import JobResults, Settled
+from comfy_executors.executors.queue_watch import QueueWatch
+from comfy_executors.executors.runpod_pace import LEAST_WAIT, JobLimits, Pace
+from comfy_executors.runs import Batch
+from comfy_executors.wire import WholeOutput
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Settled = Union[BatchResult, BatchFailure]
 
-_STUCK_SECONDS = 30.0
 _CANCEL_SECONDS = 20.0
+_OVERTIME_SECONDS = 30.0  # RunPod ends jobs some seconds after their limit
 _TTL_SLACK = 60.0
 
 
@@ -70,8 +60,6 @@ class RunPodJobRun:
         output_dir: Where outputs are saved as they come, if anywhere.
 
     Attributes:
-        job_id: RunPod's id of the job, once it was submitted.
-        started: Whether our own worker said that it began.
         status: RunPod's last word on the job, where batches are left once `follow` has ended.
         output: What a worker that is not ours answered, or None.
     """
@@ -91,19 +79,28 @@ class RunPodJobRun:
         self._batches = batches
         self._limits = limits
         self._watch = watch
-        self._output_dir = output_dir
-        self._assembler = Assembler(batches, keeps_data=False)
-        self._made: dict[int, dict[int, WorkflowOutput]] = {}  # of batches that are not complete
-        self._lost: list[str] = []
-        self.job_id: str | None = None
-        self.started = False
+        self._results = JobResults(control, batches, client.url, self._fetch, output_dir)
         self.status: RunPodStatus | None = None
         self.output: Any = None
         self._announced = list(announced)
         self._pace = Pace(lambda: client.is_crowded)
-        self._clock = Clock(limits)
+        self._budgets = self._new_budgets()
         self._is_known = False  # whether RunPod ever said a word of it to us
         self._ended = False
+
+    @property
+    def job_id(self) -> str | None:
+        """RunPod's id of the job, once it was submitted."""
+        return self._results.job_id
+
+    @property
+    def started(self) -> bool:
+        """Whether our own worker said that it began."""
+        return self._results.started
+
+    def naming_job(self) -> contextlib.AbstractContextManager[None]:
+        """Write the job's id on every error of ours that leaves the block."""
+        return self._results.naming_job()
 
     # Submitting and cancelling.
 
@@ -134,12 +131,12 @@ class RunPodJobRun:
         self._is_known = True
         logger.info("job %s on %s has batches %s", job.id, self._client.url, [*self._batches])
         for index in self._batches:
-            self._control.progress(ProgressEvent("queued", index, job_id=job.id))
+            self._results.tell("queued", index)
 
     def attach(self, job_id: str) -> None:
         """Take up a job that was submitted before; its budgets count from here."""
-        self.job_id = job_id
-        self._clock = Clock(self._limits)
+        self._results.job_id = job_id
+        self._budgets = self._new_budgets()
 
     def cancel(self) -> None:
         """Cancel the job on RunPod unless it has ended; a failure to do so is logged."""
@@ -160,8 +157,7 @@ class RunPodJobRun:
                 with self.naming_job():
                     yield from self._follow()
             finally:
-                for batch in list(self._made):
-                    self._discard(batch)
+                self._results.discard()
         except BaseException as error:
             if isinstance(error, (WorkflowCancelledError, WorkflowTimeoutError)):
                 self._control.give_up(error)
@@ -169,36 +165,30 @@ class RunPodJobRun:
             raise
 
     def _follow(self) -> Iterator[Settled]:
-        while self._assembler.unsettled:
+        while self._results.unsettled:
             answer = self._poll()
             with contextlib.closing(answer):
                 for chunk in answer.chunks:
                     yield from self._take(chunk)
             status = answer.status or self._ask().status
-            self._clock.see(status)
-            if not self._clock.in_queue:
+            self._budgets.see(status == IN_QUEUE)
+            if not self._budgets.in_queue:
                 self._announce()
             if not answer.chunks:
                 if status in TERMINAL:
                     break
-                self._keep_limits()
-        if self._assembler.unsettled:
+                self._budgets.keep()
+        if self._results.unsettled:
             yield from self._read_result()
         self._ended = True
 
-    @property
-    def unsettled(self) -> list[int]:
-        """The batches of which nothing has become yet."""
-        return list(self._assembler.unsettled)
-
     def _announce(self) -> None:
         while self._announced:
-            event = ProgressEvent("started", self._announced.pop(0), job_id=self.job_id)
-            self._control.progress(event)
+            self._results.tell("started", self._announced.pop(0))
 
     def _poll(self) -> RunPodStream:
         def once(job_id: str) -> RunPodStream:
-            wait = min(self._pace.begin(self._control), self._clock.left())
+            wait = min(self._pace.begin(self._control), self._budgets.left())
             return self._client.stream(job_id, max(LEAST_WAIT, wait), self._control)
 
         answer = self._insist(once)
@@ -215,7 +205,7 @@ class RunPodJobRun:
             try:
                 answer = call(self.job_id)
             except ServerError as error:
-                if not error.transient or not self._is_known or self._clock.left() <= 0:
+                if not error.transient or not self._is_known or self._budgets.left() <= 0:
                     raise
                 logger.warning("job %s is asked for again: %s", self.job_id, error)
                 self._pace.rest(self._control)
@@ -234,35 +224,16 @@ class RunPodJobRun:
         for event in status.output if isinstance(status.output, list) else ():
             yield from self._take(event)
 
-    def _keep_limits(self) -> None:
-        clock = self._clock
-        if clock.in_queue and clock.seconds >= _STUCK_SECONDS and clock.explain_again():
-            self._explain()
-        if clock.left() > 0:
-            return
-        if not clock.in_queue:
-            raise JobTimeoutError(
-                f"ran longer than its execution timeout of {self._limits.execution_timeout:g} s",
-                started=True,
-                job_id=self.job_id,
-                server=self._client.url,
-            )
-        words = self._watch.explain(self._control)
-        raise JobTimeoutError(
-            f"waited {self._limits.queue_timeout:g} s for a worker" + (f": {words}" * bool(words)),
-            started=False,
-            job_id=self.job_id,
-            server=self._client.url,
+    def _new_budgets(self) -> JobBudgets:
+        return JobBudgets(
+            self._control,
+            self._results,
+            self._watch,
+            self._client.url,
+            queue_timeout=self._limits.queue_timeout,
+            execution_timeout=self._limits.execution_timeout,
+            overtime=_OVERTIME_SECONDS,
         )
-
-    def _explain(self) -> None:
-        words = self._watch.explain(self._control)
-        if words:
-            for index in self._assembler.unsettled[:1]:
-                event = ProgressEvent(
-                    "waiting", self._batches[index].index, message=words, job_id=self.job_id
-                )
-                self._control.progress(event)
 
     # What comes.
 
@@ -270,103 +241,15 @@ class RunPodJobRun:
         if not isinstance(chunk, dict) or (chunk and "kind" not in chunk):
             self.output = chunk
             return
-        for news in self._assembler.add(chunk):
-            settled = self._hear(news)
-            if settled is not None:
-                yield settled
-
-    def _hear(self, news: News) -> Settled | None:
-        if isinstance(news, Started):
-            self.started = True
-        elif isinstance(news, Progress):
-            self._report(news)
-        elif isinstance(news, WholeOutput):
-            self._keep(news)
-        elif isinstance(news, Failed) and news.batch is not None:
-            self._discard(news.batch)
-            return BatchFailure(self._batches[news.batch].index, self._named(news.error))
-        elif isinstance(news, CompleteBatch):
-            return self._result(news)
-        return None
-
-    def _report(self, news: Progress) -> None:
-        if news.event.kind != "queued":  # which it was on RunPod
-            index = self._batches[news.batch].index
-            event = ProgressEvent(batch=index, job_id=self.job_id, **vars(news.event))
-            self._control.progress(event)
-
-    def _named(self, error: ComfyExecutorsError) -> ComfyExecutorsError:
-        error.job_id = error.job_id or self.job_id
-        return error
-
-    @contextlib.contextmanager
-    def naming_job(self) -> Iterator[None]:
-        """Write the job's id on every error of ours that leaves the block."""
-        try:
-            yield
-        except ComfyExecutorsError as error:
-            self._named(error)
-            raise
-
-    def _keep(self, whole: WholeOutput) -> None:
-        data = whole.data if whole.data is not None else self._fetch(whole)
-        if data is None:
-            self._lost.append(f"{whole.name} of batch {whole.batch}")
-            return
-        output = self._output(whole, data)
-        if self._output_dir is not None:
-            output._save_and_release(self._output_dir)
-        self._made.setdefault(whole.batch, {})[whole.output] = output
-
-    def _discard(self, batch: int) -> None:
-        """Remove what was saved of a batch that is not complete."""
-        for output in self._made.pop(batch, {}).values():
-            if output.path is not None:
-                output.path.unlink(missing_ok=True)
-
-    def _result(self, complete: CompleteBatch) -> Settled | None:
-        made = self._made.get(complete.batch, {})
-        if any(whole.output not in made for whole in complete.outputs):
-            return None  # it could not be fetched
-        # What else there is was made by another attempt, and is not part of this one.
-        outputs = [made.pop(whole.output) for whole in complete.outputs]
-        for output in outputs:
-            output.prompt_id = complete.prompt_id
-        batch = self._batches[complete.batch]
-        images = [output for output in outputs if isinstance(output, WorkflowOutputImage)]
-        return BatchResult(
-            batch.index,
-            images,
-            [output for output in outputs if not isinstance(output, WorkflowOutputImage)],
-            seed=batch.seed,
-            prompt_id=complete.prompt_id,
-            server=self._client.url,
-            job_id=self.job_id,
-        )
+        yield from self._results.take(chunk)
 
     def _fetch(self, output: WholeOutput) -> bytes | None:
-        """Fetch what lies in a bucket; None where it is gone or broken."""
+        """Fetch what lies in a bucket; None where it is gone."""
         try:
-            data = fetch_result(output.url or "", self._control, size=output.size)
+            return fetch_result(output.url or "", self._control, size=output.size)
         except ServerError as error:
             logger.warning("%s of job %s cannot be fetched: %s", output.name, self.job_id, error)
             return None
-        return data if output.matches(data) else None
-
-    def _output(self, whole: WholeOutput, data: bytes) -> WorkflowOutput:
-        batch = self._batches[whole.batch]
-        is_image = kind_of(whole.name) == "image"
-        return (WorkflowOutputImage if is_image else WorkflowOutput)(
-            data,
-            name=whole.name,
-            subfolder=whole.subfolder,
-            type=whole.type,
-            node_id=whole.node,
-            batch_index=batch.index,
-            seed=batch.seed,
-            server=self._client.url,
-            cached=whole.cached,
-        )
 
     # Ending.
 
@@ -377,19 +260,15 @@ class RunPodJobRun:
             JobOutputLostError: The worker made them, and they were lost on the way.
             WorkflowError: Any other reason.
         """
-        missing = [*self._lost, *map(str, self._assembler.missing())]
-        if not missing:
+        if not self._results.missing():
             return
-        if self._assembler.job_error is not None:
-            raise self._named(self._assembler.job_error)
+        if self._results.error is not None:
+            raise self._results.error
         failure = self.status.failure(self._client.url) if self.status else None
         lost = self.started and (self.status is None or self.status.status == "COMPLETED")
         if failure is not None and not lost:
             raise failure
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" * (len(missing) > 5))
-        raise JobOutputLostError(
-            f"ended, and its stream lost {shown}", job_id=self.job_id, server=self._client.url
-        )
+        raise self._results.lost("ended, and its stream lost")
 
 
 def cancel_job(client: RunPodClient, job_id: str) -> None:

@@ -1,4 +1,4 @@
-"""When a job on RunPod is asked for: how long polls wait, how far apart they are, what is too late.
+"""When a job on RunPod is asked for: how long polls wait, how far apart they are.
 
 RunPod holds a poll of the stream until there is something, so that waiting costs little and news
 come at once. What a worker sends comes in bursts, chunk by chunk: after the first one the next poll
@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from comfy_executors.clients.runpod_answers import IN_QUEUE
 from comfy_executors.executors.control import JobControl
 
 LEAST_WAIT = 1.0  # the shortest that RunPod holds an answer
@@ -24,8 +23,6 @@ _HELD_SECONDS = 0.9 * LEAST_WAIT
 _POLLS_PER_SECOND = 2.5  # while images come
 _SAVED_POLLS = 2.0  # how many may follow each other at once after a quiet time
 _GATHER_SECONDS = 0.03  # from news to the next poll
-_EXPLAIN_SECONDS = 15.0
-_OVERTIME_SECONDS = 30.0  # RunPod ends jobs some seconds after their limit
 
 
 @dataclass(frozen=True)
@@ -84,38 +81,3 @@ class Pace:
         """Wait longer from time to time, and not in step with others."""
         control.sleep(self._pause * random.uniform(0.8, 1.2))
         self._pause = min(_LONGEST_WAIT, _GROWTH * self._pause)
-
-
-class Clock:
-    """The two budgets of a job: waiting, and running."""
-
-    def __init__(self, limits: JobLimits) -> None:
-        self._limits = limits
-        self.in_queue = True
-        self._since = time.monotonic()
-        self._explained = float("-inf")
-
-    @property
-    def seconds(self) -> float:
-        """How long it has been waiting or running."""
-        return time.monotonic() - self._since
-
-    def see(self, status: str) -> None:
-        """Take down a status; each change begins a budget anew."""
-        in_queue = status == IN_QUEUE
-        if in_queue != self.in_queue:
-            self.in_queue = in_queue
-            self._since = time.monotonic()
-
-    def left(self) -> float:
-        """Return what is left of the budget, at least 0."""
-        if self.in_queue:
-            return max(0.0, self._limits.queue_timeout - self.seconds)
-        return max(0.0, self._limits.execution_timeout + _OVERTIME_SECONDS - self.seconds)
-
-    def explain_again(self) -> bool:
-        """Tell, every 15 seconds once, whether the queue wants an explanation."""
-        again = self.seconds - self._explained >= _EXPLAIN_SECONDS
-        if again:
-            self._explained = self.seconds
-        return again

@@ -1,56 +1,8 @@
-"""Why a RunPod queue does not move, asked of the endpoint now and then."""
+"""The state of a RunPod endpoint in words."""
 
 from __future__ import annotations
 
-import logging
-import threading
-import time
-
-from comfy_executors.clients.http import Waiter
-from comfy_executors.clients.runpod import RunPodClient
 from comfy_executors.clients.runpod_answers import RunPodHealth
-from comfy_executors.errors import ServerError
-
-logger = logging.getLogger(__name__)
-
-_FRESH_SECONDS = 15.0
-
-
-class QueueWatch:
-    """Explains a queue that does not move, for all jobs of an executor together.
-
-    Args:
-        client: The endpoint.
-    """
-
-    def __init__(self, client: RunPodClient) -> None:
-        self._client = client
-        self.reset()
-
-    def reset(self) -> None:
-        """Start with a new lock, in the child of a fork."""
-        self._lock = threading.Lock()
-        self._asked = -_FRESH_SECONDS
-        self._words = ""
-
-    def explain(self, waiter: Waiter) -> str:
-        """Return a sentence on the endpoint's workers, not older than 15 seconds.
-
-        It is empty until somebody got an answer. Raises what the waiter does.
-        """
-        with self._lock:
-            now = time.monotonic()
-            if now - self._asked < _FRESH_SECONDS:
-                return self._words
-            self._asked = now  # one asks, the others go on with what is known
-        try:
-            words = describe(self._client.health(waiter))
-        except ServerError as error:
-            logger.debug("the state of %s is not known: %s", self._client.url, error)
-            return self._words
-        with self._lock:
-            self._words = words
-        return words
 
 
 def describe(health: RunPodHealth) -> str:

@@ -36,7 +36,7 @@ from comfy_executors import (
 from comfy_executors.cli import main
 from comfy_executors.clients.http import DeadlineWaiter
 from comfy_executors.devserver import DevServer
-from comfy_executors.executors import runpod_job
+from comfy_executors.executors import job_budgets, runpod_job
 from comfy_executors.testing import RunPodStub, RunPodWorkerProcess
 
 pytestmark = needs_sdk
@@ -435,7 +435,7 @@ def test_a_long_run_is_divided_into_requests_that_fit(make: Make, stub: RunPodSt
 def test_a_queue_that_does_not_move_is_explained(
     make: Make, stub: RunPodStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runpod_job, "_STUCK_SECONDS", 0.5)
+    monkeypatch.setattr(job_budgets, "_STUCK_SECONDS", 0.5)
     stub.faults.stuck_queue = "throttled"
     events: list[Any] = []
     run = make(queue_timeout=3).submit_workflow(bench(), on_progress=events.append)

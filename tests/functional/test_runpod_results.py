@@ -38,7 +38,7 @@ from comfy_executors import (
 )
 from comfy_executors.clients.http import DeadlineWaiter
 from comfy_executors.devserver import DevServer
-from comfy_executors.executors import runpod_pace
+from comfy_executors.executors import runpod_job
 from comfy_executors.testing import RunPodStub, RunPodWorkerProcess
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -270,7 +270,7 @@ def test_a_signature_is_not_shown(bare: RunPodStub, store: Store) -> None:
 def test_a_job_that_outlasts_its_execution_timeout_is_cancelled(
     bare: RunPodStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runpod_pace, "_OVERTIME_SECONDS", -4.0)  # before RunPod's own clock
+    monkeypatch.setattr(runpod_job, "_OVERTIME_SECONDS", -4.0)  # before RunPod's own clock
     with executor_for(bare, execution_timeout=5.0) as executor:
         run = executor.submit_workflow(bench(), num_samples=2)
         run.futures[0].add_done_callback(lambda _: None)

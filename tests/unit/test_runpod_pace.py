@@ -1,4 +1,4 @@
-"""How a job on RunPod is asked for: holds and pauses that grow, credit for a burst, two budgets."""
+"""How a job on RunPod is asked for: holds and pauses that grow, credit for a burst."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from comfy_executors.clients.runpod_answers import IN_PROGRESS, IN_QUEUE
 from comfy_executors.executors import runpod_pace
-from comfy_executors.executors.runpod_pace import Clock, JobLimits, Pace
+from comfy_executors.executors.runpod_pace import Pace
 
 
 class Time:
@@ -114,25 +113,3 @@ def test_in_a_crowd_nobody_holds_a_poll_for_long(time: Time) -> None:
     polls(time, Pace(lambda: True), 10, held)
     assert waits == [1.0] * 10
     assert len([seconds for seconds in time.slept if seconds > 3.9]) >= 3
-
-
-def test_the_budgets_begin_when_a_status_says_so(time: Time) -> None:
-    clock = Clock(JobLimits(queue_timeout=60, execution_timeout=20, resubmit=False))
-    time.now += 50
-    clock.see(IN_QUEUE)
-    assert clock.left() == 10
-    clock.see(IN_PROGRESS)
-    assert clock.left() == 50  # with 30 for RunPod's own clock
-    time.now += 60
-    assert clock.left() == 0
-    clock.see(IN_QUEUE)  # its worker died, and it waits anew
-    assert clock.left() == 60
-
-
-def test_a_queue_is_explained_every_fifteen_seconds(time: Time) -> None:
-    clock = Clock(JobLimits(60, 60, resubmit=False))
-    told = []
-    for _ in range(31):
-        told.append(clock.explain_again())
-        time.now += 1
-    assert [second for second, again in enumerate(told) if again] == [0, 15, 30]

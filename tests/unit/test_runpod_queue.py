@@ -9,8 +9,9 @@ import pytest
 from comfy_executors.clients.http import DeadlineWaiter
 from comfy_executors.clients.runpod_answers import JobCounts, RunPodHealth, WorkerCounts
 from comfy_executors.errors import ServerResponseError
-from comfy_executors.executors import runpod_queue
-from comfy_executors.executors.runpod_queue import QueueWatch, describe
+from comfy_executors.executors import queue_watch
+from comfy_executors.executors.queue_watch import QueueWatch
+from comfy_executors.executors.runpod_queue import describe
 
 
 @pytest.mark.parametrize(
@@ -68,14 +69,14 @@ def health(**workers: int) -> RunPodHealth:
 
 
 def watch(client: Any) -> QueueWatch:
-    return QueueWatch(client)
+    return QueueWatch(lambda waiter: describe(client.health(waiter)))
 
 
 def test_the_endpoint_is_asked_every_fifteen_seconds_for_all_jobs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     time = Time()
-    monkeypatch.setattr(runpod_queue, "time", time)
+    monkeypatch.setattr(queue_watch, "time", time)
     client = Client(health(throttled=1), health(initializing=1))
     told = watch(client)
     waiter = DeadlineWaiter(60.0)
@@ -89,7 +90,7 @@ def test_the_endpoint_is_asked_every_fifteen_seconds_for_all_jobs(
 
 def test_an_endpoint_that_does_not_answer_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     time = Time()
-    monkeypatch.setattr(runpod_queue, "time", time)
+    monkeypatch.setattr(queue_watch, "time", time)
     client = Client(health(throttled=1), ServerResponseError("no", "x", 502))
     told = watch(client)
     known = told.explain(DeadlineWaiter(60.0))

@@ -1,0 +1,101 @@
+"""The budgets of a job: how long it may wait for a worker, and how long it may run."""
+
+from __future__ import annotations
+
+import time
+
+from comfy_executors.errors import JobTimeoutError
+from comfy_executors.executors.control import JobControl
+from comfy_executors.executors.job_results import JobResults
+from comfy_executors.executors.queue_watch import QueueWatch
+
+_STUCK_SECONDS = 30.0
+_EXPLAIN_SECONDS = 15.0
+
+
+class JobBudgets:
+    """Counts what a job has used of its two budgets, and explains a queue that does not move.
+
+    Args:
+        control: The deadline of the waits.
+        results: The job, which is named in errors, and by which explanations are told.
+        watch: Who explains the queue.
+        server: The address of the backend, without keys.
+        queue_timeout: Seconds that the job may wait.
+        execution_timeout: Seconds that it may run.
+        overtime: Seconds that are granted on top, for a backend that keeps the limit itself.
+    """
+
+    def __init__(
+        self,
+        control: JobControl,
+        results: JobResults,
+        watch: QueueWatch,
+        server: str,
+        *,
+        queue_timeout: float,
+        execution_timeout: float,
+        overtime: float = 0.0,
+    ) -> None:
+        self._control = control
+        self._results = results
+        self._watch = watch
+        self._server = server
+        self._queue_timeout = queue_timeout
+        self._execution_timeout = execution_timeout
+        self._overtime = overtime
+        self.in_queue = True
+        self._since = time.monotonic()
+        self._explained = float("-inf")
+
+    def see(self, in_queue: bool) -> None:
+        """Take down whether the job waits; each change begins a budget anew."""
+        if in_queue != self.in_queue:
+            self.in_queue = in_queue
+            self._since = time.monotonic()
+
+    def left(self) -> float:
+        """Return what is left of the budget, in seconds, at least 0."""
+        budget = self._queue_timeout if self.in_queue else self._execution_timeout + self._overtime
+        return max(0.0, budget - self._seconds())
+
+    def until_explanation(self) -> float:
+        """Return the seconds until a queue that does not move is to be explained."""
+        if not self.in_queue:
+            return float("inf")
+        due = max(_STUCK_SECONDS, self._explained + _EXPLAIN_SECONDS)
+        return max(0.0, due - self._seconds())
+
+    def keep(self) -> None:
+        """Explain a queue that does not move, every 15 seconds once, and see to the limits.
+
+        Raises:
+            JobTimeoutError: The budget is used up.
+        """
+        if self.until_explanation() == 0:
+            self._explained = self._seconds()
+            self._explain()
+        if self.left() > 0:
+            return
+        if not self.in_queue:
+            raise self._timeout(
+                f"ran longer than its execution timeout of {self._execution_timeout:g} s"
+            )
+        words = self._watch.explain(self._control)
+        raise self._timeout(
+            f"waited {self._queue_timeout:g} s for a worker" + (f": {words}" * bool(words))
+        )
+
+    def _explain(self) -> None:
+        words = self._watch.explain(self._control)
+        if words:
+            for number in self._results.unsettled[:1]:
+                self._results.tell("waiting", number, message=words)
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self._since
+
+    def _timeout(self, message: str) -> JobTimeoutError:
+        return JobTimeoutError(
+            message, started=not self.in_queue, job_id=self._results.job_id, server=self._server
+        )

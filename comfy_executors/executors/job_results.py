@@ -1,0 +1,201 @@
+"""What a job of several batches makes, put together from its events."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Union
+
+from comfy_executors.errors import (
+    ComfyExecutorsError,
+    JobOutputLostError,
+)
+from comfy_executors.executors.control import JobControl
+from comfy_executors.images import WorkflowOutput, WorkflowOutputImage, kind_of
+from comfy_executors.runs import Batch, BatchFailure, BatchResult, ProgressEvent
+from comfy_executors.wire import (
+    Assembler,
+    CompleteBatch,
+    Failed,
+    News,
+    Progress,
+    Started,
+    WholeOutput,
+)
+
+logger = logging.getLogger(__name__)
+
+Settled = Union[BatchResult, BatchFailure]
+
+_FETCHES = 3  # of an output whose bytes come broken
+
+
+class JobResults:
+    """Takes a job's events, and gives each batch's result or failure once.
+
+    Args:
+        control: Who is told of progress.
+        batches: The batches by their number in the job.
+        server: The address of the backend, without keys.
+        fetch: Gets an output that its event only names; None where it is gone for good.
+        output_dir: Where outputs are saved as they come, if anywhere.
+
+    Attributes:
+        job_id: The backend's id of the job, once it has one.
+        started: Whether a worker of ours said that it began.
+    """
+
+    def __init__(
+        self,
+        control: JobControl,
+        batches: Mapping[int, Batch],
+        server: str,
+        fetch: Callable[[WholeOutput], bytes | None],
+        output_dir: Path | None = None,
+    ) -> None:
+        self._control = control
+        self._batches = batches
+        self._server = server
+        self._fetch = fetch
+        self._output_dir = output_dir
+        self._assembler = Assembler(batches, keeps_data=False)
+        self._made: dict[int, dict[int, WorkflowOutput]] = {}  # of batches that are not complete
+        self._lost: list[str] = []
+        self.job_id: str | None = None
+        self.started = False
+
+    @property
+    def unsettled(self) -> tuple[int, ...]:
+        """The batches that are neither complete nor failed."""
+        return self._assembler.unsettled
+
+    @property
+    def error(self) -> ComfyExecutorsError | None:
+        """The error of the whole job, if the worker told one."""
+        error = self._assembler.job_error
+        return None if error is None else self.name_job(error)
+
+    def missing(self) -> list[str]:
+        """Name what has not come, or was lost on the way."""
+        return [*self._lost, *map(str, self._assembler.missing())]
+
+    def lost(self, how: str) -> JobOutputLostError:
+        """Make the error that names what is missing.
+
+        Args:
+            how: What became of the job, such as `ended, and its stream lost`.
+        """
+        missing = self.missing()
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" * (len(missing) > 5))
+        return JobOutputLostError(f"{how} {shown}", job_id=self.job_id, server=self._server)
+
+    def take(self, event: Any) -> Iterator[Settled]:
+        """Take an event, and yield what becomes of batches by it.
+
+        Raises:
+            ServerResponseError: It is no event.
+        """
+        for news in self._assembler.add(event):
+            settled = self._hear(news)
+            if settled is not None:
+                yield settled
+
+    def discard(self) -> None:
+        """Remove what was saved of batches that are not complete."""
+        for batch in list(self._made):
+            self._discard(batch)
+
+    def name_job(self, error: ComfyExecutorsError) -> ComfyExecutorsError:
+        """Write the job's id on an error."""
+        error.job_id = error.job_id or self.job_id
+        return error
+
+    @contextlib.contextmanager
+    def naming_job(self) -> Iterator[None]:
+        """Write the job's id on every error of ours that leaves the block."""
+        try:
+            yield
+        except ComfyExecutorsError as error:
+            self.name_job(error)
+            raise
+
+    def tell(self, kind: str, number: int, **facts: Any) -> None:
+        """Tell of a batch's progress, with the job's id."""
+        index = self._batches[number].index
+        self._control.progress(ProgressEvent(kind, index, job_id=self.job_id, **facts))
+
+    def _hear(self, news: News) -> Settled | None:
+        if isinstance(news, Started):
+            self.started = True
+        elif isinstance(news, Progress):
+            if news.event.kind != "queued":  # which it was on the backend
+                self.tell(number=news.batch, **vars(news.event))
+        elif isinstance(news, WholeOutput):
+            self._keep(news)
+        elif isinstance(news, Failed) and news.batch is not None:
+            self._discard(news.batch)
+            return BatchFailure(self._batches[news.batch].index, self.name_job(news.error))
+        elif isinstance(news, CompleteBatch):
+            return self._result(news)
+        return None
+
+    def _keep(self, whole: WholeOutput) -> None:
+        """Take an output, or fetch one that is elsewhere, while others are still made."""
+        data = whole.data if whole.data is not None else self._fetch_whole(whole)
+        if data is None:
+            self._lost.append(f"{whole.name} of batch {whole.batch}")
+            return
+        output = self._output(whole, data)
+        if self._output_dir is not None:
+            output._save_and_release(self._output_dir)
+        self._made.setdefault(whole.batch, {})[whole.output] = output
+
+    def _fetch_whole(self, whole: WholeOutput) -> bytes | None:
+        for _ in range(_FETCHES):
+            data = self._fetch(whole)
+            if data is None or whole.matches(data):
+                return data
+            logger.warning("%s of job %s came broken", whole.name, self.job_id)
+        return None
+
+    def _discard(self, batch: int) -> None:
+        for output in self._made.pop(batch, {}).values():
+            if output.path is not None:
+                output.path.unlink(missing_ok=True)
+
+    def _result(self, complete: CompleteBatch) -> Settled | None:
+        made = self._made.get(complete.batch, {})
+        if any(whole.output not in made for whole in complete.outputs):
+            return None  # it could not be fetched
+        # What else there is was made by another attempt, and is not part of this one.
+        outputs = [made.pop(whole.output) for whole in complete.outputs]
+        for output in outputs:
+            output.prompt_id = complete.prompt_id
+        batch = self._batches[complete.batch]
+        images = [output for output in outputs if isinstance(output, WorkflowOutputImage)]
+        return BatchResult(
+            batch.index,
+            images,
+            [output for output in outputs if not isinstance(output, WorkflowOutputImage)],
+            seed=batch.seed,
+            prompt_id=complete.prompt_id,
+            server=self._server,
+            job_id=self.job_id,
+        )
+
+    def _output(self, whole: WholeOutput, data: bytes) -> WorkflowOutput:
+        batch = self._batches[whole.batch]
+        is_image = kind_of(whole.name) == "image"
+        return (WorkflowOutputImage if is_image else WorkflowOutput)(
+            data,
+            name=whole.name,
+            subfolder=whole.subfolder,
+            type=whole.type,
+            node_id=whole.node,
+            batch_index=batch.index,
+            seed=batch.seed,
+            server=self._server,
+            cached=whole.cached,
+        )

@@ -1,0 +1,97 @@
+"""The two budgets of a job, and when its queue is explained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from comfy_executors.errors import JobTimeoutError
+from comfy_executors.executors import job_budgets
+from comfy_executors.executors.job_budgets import JobBudgets
+
+
+class Time:
+    """A clock that moves when somebody moves it."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class Told:
+    """Stands for a job's results: keeps what is told."""
+
+    job_id = "job-7"
+    unsettled = (3, 4)
+
+    def __init__(self, time: Time) -> None:
+        self._time = time
+        self.explained: list[float] = []
+
+    def tell(self, kind: str, number: int, message: str) -> None:
+        assert (kind, number, message) == ("waiting", 3, "no GPU")
+        self.explained.append(self._time.now - 1000.0)
+
+
+class Watch:
+    """Knows why the queue does not move."""
+
+    def explain(self, waiter: Any) -> str:
+        return "no GPU"
+
+
+@pytest.fixture
+def time(monkeypatch: pytest.MonkeyPatch) -> Time:
+    made = Time()
+    monkeypatch.setattr(job_budgets, "time", made)
+    return made
+
+
+@pytest.fixture
+def told(time: Time) -> Told:
+    return Told(time)
+
+
+def budgets_of(told: Any, **limits: float) -> JobBudgets:
+    watch: Any = Watch()
+    control: Any = None
+    return JobBudgets(control, told, watch, "https://x", **limits)
+
+
+def test_each_change_begins_a_budget(time: Time, told: Told) -> None:
+    budgets = budgets_of(told, queue_timeout=60, execution_timeout=20, overtime=30)
+    time.now += 50
+    budgets.see(in_queue=True)
+    assert budgets.left() == 10
+    budgets.see(in_queue=False)
+    assert budgets.left() == 50
+    time.now += 60
+    assert budgets.left() == 0
+    budgets.see(in_queue=True)  # its worker died, and it waits anew
+    assert budgets.left() == 60
+
+
+def test_a_queue_is_explained_every_fifteen_seconds(time: Time, told: Told) -> None:
+    budgets = budgets_of(told, queue_timeout=100, execution_timeout=20)
+    for _ in range(80):
+        budgets.keep()
+        time.now += 1
+    assert told.explained == [30, 45, 60, 75]
+    budgets.see(in_queue=False)
+    assert budgets.until_explanation() == float("inf")
+
+
+@pytest.mark.parametrize("in_queue", [True, False])
+def test_a_budget_that_is_used_up(time: Time, told: Told, in_queue: bool) -> None:
+    budgets = budgets_of(told, queue_timeout=20, execution_timeout=20)
+    budgets.see(in_queue)
+    time.now += 19
+    budgets.keep()
+    time.now += 1
+    words = "waited 20 s for a worker: no GPU" if in_queue else "execution timeout of 20 s"
+    with pytest.raises(JobTimeoutError, match=words) as caught:
+        budgets.keep()
+    assert (caught.value.started, caught.value.job_id) == (not in_queue, "job-7")
