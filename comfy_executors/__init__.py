@@ -56,6 +56,7 @@ from comfy_executors.runs import Batch, BatchResult, ProgressEvent, WorkflowRun
 from comfy_executors.workflows import WorkflowTemplate
 
 if TYPE_CHECKING:
+    from comfy_executors.executors.modal import ModalWorkflowExecutor
     from comfy_executors.executors.runpod import (
         RunpodComfyWorkflowExecutor,
         RunPodWorkflowExecutor,
@@ -84,6 +85,7 @@ __all__ = [
     "JobResultLostError",
     "JobTimeoutError",
     "MissingExtraError",
+    "ModalWorkflowExecutor",
     "NodeExecutionError",
     "NodeProblem",
     "OutputFileError",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from comfy_executors.errors import WorkflowError
@@ -11,6 +12,7 @@ from comfy_executors.executors.dummy import DummyWorkflowExecutor
 from comfy_executors.images import WorkflowOutputImage
 
 if TYPE_CHECKING:
+    from comfy_executors.executors.modal import ModalWorkflowExecutor
     from comfy_executors.executors.runpod import (
         RunpodComfyWorkflowExecutor,
         RunPodWorkflowExecutor,
@@ -20,19 +22,22 @@ __all__ = [
     "BaseWorkflowExecutor",
     "ComfyServerWorkflowExecutor",
     "DummyWorkflowExecutor",
+    "ModalWorkflowExecutor",
     "RunPodWorkflowExecutor",
     "RunpodComfyWorkflowExecutor",
     "WorkflowError",
     "WorkflowOutputImage",
 ]
 
-# What runs on RunPod is half of the package, and is imported by those who use it.
-LATE = {"RunPodWorkflowExecutor", "RunpodComfyWorkflowExecutor"}
+# What runs on RunPod and Modal is half of the package, and is imported by those who use it.
+LATE = {
+    "ModalWorkflowExecutor": "modal",
+    "RunPodWorkflowExecutor": "runpod",
+    "RunpodComfyWorkflowExecutor": "runpod",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in LATE:
-        from comfy_executors.executors import runpod
-
-        return getattr(runpod, name)
+        return getattr(import_module(f"{__name__}.{LATE[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,11 +23,12 @@ from comfy_executors import (
     BaseWorkflowExecutor,
     ComfyServerWorkflowExecutor,
     DummyWorkflowExecutor,
+    ModalWorkflowExecutor,
     RunPodWorkflowExecutor,
     WorkflowTemplate,
 )
 from comfy_executors.devserver import DevServer
-from comfy_executors.testing import RunPodStub, RunPodWorkerProcess
+from comfy_executors.testing import ModalEdge, RunPodStub, RunPodWorkerProcess
 
 DEADLINE = 60.0  # seconds; generous, since nothing is meant to come near it
 
@@ -130,6 +131,25 @@ def _runpod(stub: RunPodStub, **settings: Any) -> Iterator[Backend]:
     )
 
 
+@pytest.fixture(scope="session")
+def modal_edge() -> Iterator[ModalEdge]:
+    """Modal's edge, uvicorn, the app's own routes, the worker engine, the dev server."""
+    with DevServer() as server, ModalEdge.in_front_of(server.address, containers=4) as edge:
+        yield edge
+
+
+def _modal(edge: ModalEdge, **settings: Any) -> Iterator[Backend]:
+    yield Backend(
+        lambda **options: ModalWorkflowExecutor(
+            edge.url, edge.key, edge.secret, **settings, **options
+        ),
+        requests=lambda: len(edge.requests),
+        port=int(edge.url.split(":")[2]),
+        secrets=(str(edge.key), edge.secret),
+        hands_out_all=settings.get("batches_per_job", 1) is None,
+    )
+
+
 _CLIENT_CALLS = ("run", "status", "stream", "cancel", "health")
 FACTORIES: dict[str, Callable[[], Iterator[Backend]]] = {
     "dummy": _dummy,
@@ -139,6 +159,10 @@ RUNPOD: dict[str, dict[str, Any]] = {
     "runpod": {"batches_per_job": None},
     "runpod_jobs_of_two": {"batches_per_job": 2},
     "runpod_official": {"batches_per_job": None, "worker": "worker-comfyui"},
+}
+MODAL: dict[str, dict[str, Any]] = {
+    "modal": {"batches_per_job": None},
+    "modal_jobs_of_two": {"batches_per_job": 2},
 }
 _OFFICIAL = Path(__file__).parents[1] / "functional" / "runpod_official.py"
 
@@ -152,12 +176,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ]
 
 
-@pytest.fixture(scope="session", params=sorted({*FACTORIES, *RUNPOD}))
+@pytest.fixture(scope="session", params=sorted({*FACTORIES, *MODAL, *RUNPOD}))
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     if request.param in RUNPOD:
         settings = RUNPOD[request.param]
         stub = "official_stub" if "worker" in settings else "runpod_stub"
         yield from _runpod(request.getfixturevalue(stub), **settings)
+        return
+    if request.param in MODAL:
+        yield from _modal(request.getfixturevalue("modal_edge"), **MODAL[request.param])
         return
     yield from FACTORIES[request.param]()
 

@@ -25,5 +25,11 @@ def test_importing_leaves_extras_and_asyncio_alone() -> None:
     assert not {name for name in imported if name.startswith("comfy_executors.devserver")}
 
 
+def test_modals_sdk_is_not_needed_to_call_an_app() -> None:
+    imported = _imported("comfy_executors; comfy_executors.ModalWorkflowExecutor")
+    assert "comfy_executors.executors.modal" in imported
+    assert not {"modal", "fastapi", "uvicorn"} & imported
+
+
 def test_the_unwanted_are_told_when_they_are_there() -> None:
     assert {"asyncio", "PIL"} <= _imported("asyncio, PIL")
