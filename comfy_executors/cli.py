@@ -1,4 +1,4 @@
-"""The command line: `run`, `check`, `template`, `demo`, `devserver`, `runpod`, `version`.
+"""The command line: `run`, `check`, `template`, `demo`, `devserver`, `runpod`, `modal`, `version`.
 
 Exit codes: 0 all was delivered, 1 some batches failed, 2 wrong usage or template, 3 the server
 cannot be used, 130 cancelled by Ctrl-C or SIGTERM, with our prompts taken off the server.
@@ -43,6 +43,11 @@ from comfy_executors.cli_delivery import (
     json_line,
 )
 from comfy_executors.cli_gallery import RunGallery, add_gallery_argument
+from comfy_executors.cli_modal import (
+    add_modal_arguments,
+    add_modal_commands,
+    make_modal_executor,
+)
 from comfy_executors.cli_progress import make_display
 from comfy_executors.cli_runpod import (
     add_runpod_arguments,
@@ -69,7 +74,7 @@ Next, with your own ComfyUI:
   3. comfy-executors run TEMPLATE --server localhost:{port} --var prompt='a fox' --num-samples 4"""
 
 if TYPE_CHECKING:
-    from comfy_executors.executors.runpod import RunPodWorkflowExecutor
+    from comfy_executors.executors.base import BaseWorkflowExecutor
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -190,9 +195,16 @@ def _run(args: argparse.Namespace) -> int:
         )
 
 
-def _make_executor(
-    args: argparse.Namespace,
-) -> ComfyServerWorkflowExecutor | RunPodWorkflowExecutor:
+def _make_executor(args: argparse.Namespace) -> BaseWorkflowExecutor:
+    if args.runpod and args.modal:
+        raise UsageError("--runpod and --modal: a run goes to one of them")
+    if args.modal:
+        return make_modal_executor(
+            args.modal,
+            batch_size=args.batch_size,
+            batches_per_job=args.batches_per_job,
+            max_workers=args.max_workers,
+        )
     if args.runpod:
         return make_runpod_executor(
             args.runpod,
@@ -280,6 +292,7 @@ def _parser() -> argparse.ArgumentParser:
     add_sweep_arguments(run)
     add_gallery_argument(run)
     add_runpod_arguments(run)
+    add_modal_arguments(run)
 
     words = "render a template and hold it against a server, without running it"
     add_template_arguments(_add_command(commands, "check", check, words, "TEMPLATE "))
@@ -296,6 +309,10 @@ def _parser() -> argparse.ArgumentParser:
     words = "look after a RunPod endpoint, with the key in $RUNPOD_API_KEY"
     runpod = commands.add_parser("runpod", help=words, description=words, allow_abbrev=False)
     add_runpod_commands(runpod)
+
+    words = "look after an app on Modal, with the token in $MODAL_KEY and $MODAL_SECRET"
+    modal = commands.add_parser("modal", help=words, description=words, allow_abbrev=False)
+    add_modal_commands(modal)
 
     _add_command(commands, "version", _version, "print the version")
     return parser

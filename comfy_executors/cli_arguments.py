@@ -284,20 +284,29 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="batches kept at the server at once; default: %(default)s",
     )
     parser.add_argument(
+        "--batches-per-job",
+        metavar="N",
+        type=_positive_int,
+        help="for --runpod and --modal: spread the run over jobs of N batches; default: one job",
+    )
+    parser.add_argument(
         "--ignore-errors", action="store_true", help="go on with the others when a batch fails"
     )
     parser.add_argument("--quiet", action="store_true", help="tell nothing but errors on stderr")
 
 
-def add_devserver_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `devserver` takes."""
+def add_listening_arguments(parser: argparse.ArgumentParser, port: int) -> None:
+    """Add what says where to listen."""
     parser.add_argument(
-        "--port",
-        type=_port_number,
-        default=DEFAULT_PORT,
-        help="0 takes a free one; default: %(default)s",
+        "--port", type=_port_number, default=port, help="0 takes a free one; default: %(default)s"
     )
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
+    parser.add_argument("--json", action="store_true", help='print {"url": …} as the first line')
+
+
+def add_devserver_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `devserver` takes."""
+    add_listening_arguments(parser, DEFAULT_PORT)
     parser.add_argument(
         "--step-seconds",
         metavar="SECONDS",
@@ -305,4 +314,3 @@ def add_devserver_arguments(parser: argparse.ArgumentParser) -> None:
         default=STEP_SECONDS,
         help="how long a sampling step takes; default: %(default)s",
     )
-    parser.add_argument("--json", action="store_true", help='print {"url": …} as the first line')

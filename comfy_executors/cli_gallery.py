@@ -108,7 +108,7 @@ class RunGallery:
             id=_SWEEP if is_sweep else os.urandom(16).hex(),
             title=f"{name}, {os.path.basename(self._args.vars)}" if is_sweep else name,
             started=self._started,
-            server=self._server or (f"RunPod {self._args.runpod}" if self._args.runpod else ""),
+            server=self._server or self._backend(),
             seconds=seconds,
             variables=dict(self._variables),
             note=self._note(),
@@ -165,6 +165,11 @@ class RunGallery:
             return {}  # a row that fails; ids will do
         return node_labels(graph)
 
+    def _backend(self) -> str:
+        if self._args.modal:
+            return f"Modal {self._args.modal}"
+        return f"RunPod {self._args.runpod}" if self._args.runpod else ""
+
     def _command(
         self,
         variables: Mapping[str, Any],
@@ -174,7 +179,9 @@ class RunGallery:
     ) -> str:
         args = self._args
         command = ["comfy-executors", "run", command_path(self._template.source or args.template)]
-        if args.runpod:
+        if args.modal:
+            command += ["--modal", args.modal]
+        elif args.runpod:
             command += ["--runpod", args.runpod, "--worker", args.worker]
         else:
             command += ["--server", self._server]

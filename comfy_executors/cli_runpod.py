@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import sys
-import threading
-import time
-from concurrent.futures import CancelledError
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from comfy_executors.cli_delivery import DELIVERED, FAILED, UsageError, error_text
+from comfy_executors.cli_delivery import DELIVERED, UsageError
+from comfy_executors.cli_smoke import Smoke
 from comfy_executors.clients.http import DeadlineWaiter
 from comfy_executors.clients.runpod import BASE_URL
-from comfy_executors.errors import ComfyExecutorsError
-from comfy_executors.workflows import WorkflowTemplate
 
 if TYPE_CHECKING:
     from comfy_executors.executors.runpod import RunPodWorkflowExecutor
@@ -27,12 +21,6 @@ _WORKERS = ("auto", "comfy-executors", "worker-comfyui")
 # The RunPod SDK's own name for it.
 _BASE_URL_VARIABLE = "RUNPOD_ENDPOINT_BASE_URL"
 _HEALTH_SECONDS = 30.0
-# Nodes of ComfyUI itself, and no model.
-_SMOKE_TEMPLATE = """{
-  "1": {"class_type": "EmptyImage", "inputs":
-        {"width": 64, "height": 64, "batch_size": 1, "color": {{ seed % 16777216 }}}},
-  "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "smoke"}}
-}"""
 
 
 def add_runpod_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,12 +31,6 @@ def add_runpod_arguments(parser: argparse.ArgumentParser) -> None:
         help="run on this RunPod endpoint, with the key in $RUNPOD_API_KEY, instead of a server",
     )
     _add_worker(parser)
-    parser.add_argument(
-        "--batches-per-job",
-        metavar="N",
-        type=int,
-        help="for --runpod: spread the run over jobs of N batches; default: one job",
-    )
 
 
 def add_runpod_commands(parser: argparse.ArgumentParser) -> None:
@@ -117,42 +99,18 @@ def _health(args: argparse.Namespace) -> int:
     return DELIVERED
 
 
-def _check_cancelling(
-    executor: RunPodWorkflowExecutor, template: WorkflowTemplate, timeout: float
-) -> None:
-    queued = threading.Event()
-    run = executor.submit_workflow(
-        template,
-        timeout=timeout,
-        on_progress=lambda event: queued.set() if event.kind in ("queued", "failed") else None,
-    )
-    queued.wait()
-    run.cancel()
-    with contextlib.suppress(CancelledError):
-        run.result()
-
-
 def _smoke(args: argparse.Namespace) -> int:
-    template = WorkflowTemplate(_SMOKE_TEMPLATE)
-    started = time.monotonic()
-
-    def tell(text: str) -> None:
-        print(f"{time.monotonic() - started:7.1f} s  {text}", flush=True)
-
     with make_runpod_executor(
         args.endpoint, worker=args.worker, queue_timeout=args.timeout
     ) as executor:
-        try:
-            workers = asdict(executor.health(DeadlineWaiter(_HEALTH_SECONDS)).workers)
-            shown = ", ".join(f"{n} {state}" for state, n in workers.items() if n)
-            tell(f"the endpoint answers: {shown or 'no'} workers")
-            run = executor.submit_workflow(template, num_samples=2, timeout=args.timeout)
-            for result in (future.result() for future in run.futures):
-                tell(f"batch {result.index} of job {result.job_id}: {len(result.images)} image")
-            tell(f"the worker is {executor.found_worker}")
-            _check_cancelling(executor, template, args.timeout)
-            tell("a cancelled job stops")
-        except ComfyExecutorsError as error:
-            print(f"error: {error_text(error)}", file=sys.stderr)
-            return FAILED
-    return DELIVERED
+
+        def workers(smoke: Smoke) -> None:
+            counts = asdict(executor.health(DeadlineWaiter(_HEALTH_SECONDS)).workers)
+            shown = ", ".join(f"{n} {state}" for state, n in counts.items() if n)
+            smoke.tell(f"the endpoint answers: {shown or 'no'} workers")
+
+        def images(smoke: Smoke) -> None:
+            smoke.images()
+            smoke.tell(f"the worker is {executor.found_worker}")
+
+        return Smoke(executor, args.timeout).run(workers, images, Smoke.cancelling)
