@@ -6,13 +6,14 @@ import argparse
 import os
 import sys
 
-from . import importing, memory, runpod, throughput
+from . import importing, memory, modal, runpod, throughput
 
 _BENCHMARKS = {
     "import": importing.measure,
     "throughput": throughput.measure,
     "memory": memory.measure,
     "runpod": runpod.measure,
+    "modal": modal.measure,
 }
 
 

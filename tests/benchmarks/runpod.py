@@ -14,11 +14,12 @@ from typing import Any
 
 import requests
 
-from comfy_executors import RunPodWorkflowExecutor, WorkflowTemplate
+from comfy_executors import RunPodWorkflowExecutor
 from comfy_executors.devserver import DevServer
 from comfy_executors.testing import RunPodStub, RunPodWorkerProcess
 from comfy_executors.wire import BatchEnded, End, OutputPart, Started, encode_event
 
+from .graphs import sampling
 from .report import Line
 
 _JOBS, _WORKERS, _SECONDS = 100, 20, 1.0
@@ -29,22 +30,6 @@ def measure(short: bool) -> Iterator[Line]:
     if importlib.util.find_spec("runpod") is not None:
         yield _first_image()
     yield from _many_jobs(_JOBS // 2 if short else _JOBS)
-
-
-def _template(seconds: float) -> WorkflowTemplate:
-    inputs = {"seed": 1, "width": 16, "height": 16, "batch_size": 1, "steps": 4, "fail": ""}
-    return WorkflowTemplate.from_graph(
-        {
-            "1": {
-                "class_type": "BenchSampler",
-                "inputs": {**inputs, "seconds": seconds, "text": "x"},
-            },
-            "2": {
-                "class_type": "SaveImage",
-                "inputs": {"images": ["1", 0], "filename_prefix": "t"},
-            },
-        }
-    )
 
 
 @contextmanager
@@ -58,10 +43,10 @@ def _first_image() -> Line:
     late = []
     with _site() as (server, stub):  # noqa: SIM117  too long for Python 3.9
         with RunPodWorkflowExecutor(stub.endpoint_id, stub.api_key, stub.url) as executor:
-            executor.submit_workflow(_template(0.0)).result()  # the worker has started
+            executor.submit_workflow(sampling(0.0)).result()  # the worker has started
             for _ in range(10):
                 before = len(server.prompts)
-                run = executor.submit_workflow(_template(0.05), num_samples=16)
+                run = executor.submit_workflow(sampling(0.05), num_samples=16)
                 next(run)
                 now = time.monotonic()
                 ends = [p.ended for p in server.prompts[before:] if p.ended is not None]
@@ -85,7 +70,7 @@ def _many_jobs(jobs: int) -> Iterator[Line]:
             stub.endpoint_id, stub.api_key, stub.url, batches_per_job=1, max_workers=_WORKERS
         ) as executor:
             started = time.monotonic()
-            images = executor.submit_workflow(_template(0.0), num_samples=jobs).result()
+            images = executor.submit_workflow(sampling(0.0), num_samples=jobs).result()
             seconds = time.monotonic() - started
         calls = stub.calls["stream"] + stub.calls["status"]
         stub.limits.worker_poll = 0.1

@@ -5,7 +5,7 @@
 - A block whose first line is a comment with nothing but a file name is written to that file.
 - A `text` block is what the block before it prints; `...` in it stands for anything.
 - `sh` blocks end at their first command that fails. One that starts `comfy-executors devserver`
-  is interrupted, as by Ctrl-C, when the server has said where it is.
+  or `modal serve-local` is interrupted, as by Ctrl-C, when the server has said where it is.
 - A block below `<!-- not run: reason -->` is not run; `NOT_RUN` lists all of them.
 """
 
@@ -34,6 +34,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 DIRECTIVES = {"{toctree}", "{eval-rst}", "{literalinclude}", "{include}"}
 SHOWN_ADDRESS = "localhost:8188"
 SECONDS = 60
+SERVERS = ("comfy-executors devserver", "comfy-executors modal serve-local")
 NOT_RUN = {
     ("benchmarks.md", "python -m tests.benchmarks --short"),
     ("executors.md", "import signal\n\n"
@@ -46,6 +47,27 @@ NOT_RUN = {
      "&& .venv/bin/comfy-executors demo"),
     ("README.md", "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' "
      "&& .venv/bin/python -m pytest"),
+    ("modal.md", 'from comfy_executors import ModalWorkflowExecutor, WorkflowTemplate\n'
+     '\n'
+     'template = WorkflowTemplate.from_file("workflow.json.jinja")\n'
+     'with ModalWorkflowExecutor("https://me--comfy-executors-web.modal.run", batch_size=4) '
+     'as executor:\n'
+     '    for image in executor.submit_workflow(template, num_samples=16, prompt="a fox"):\n'
+     '        image.save("out/")'),
+    ("modal.md", "pip install 'comfy-executors[modal-app]'\n"
+     'modal setup'),
+    ("modal.md", 'modal volume create comfyui-models\n'
+     'modal volume put comfyui-models sd_xl_base_1.0.safetensors checkpoints/\n'
+     'modal volume ls comfyui-models checkpoints'),
+    ("modal.md", 'modal deploy -m comfy_executors.workers.modal_app'),
+    ("modal.md", 'modal workspace proxy-tokens create\n'
+     'export MODAL_KEY=wk-...\n'
+     'export MODAL_SECRET=ws-...'),
+    ("modal.md", 'comfy-executors modal health https://me--comfy-executors-web.modal.run\n'
+     'comfy-executors modal smoke https://me--comfy-executors-web.modal.run\n'
+     'comfy-executors run workflow.json.jinja '
+     '--modal https://me--comfy-executors-web.modal.run \\\n'
+     "    --var prompt='a fox' --num-samples 8"),
     ("runpod.md", "from comfy_executors import RunPodWorkflowExecutor, WorkflowTemplate\n\n"
      'template = WorkflowTemplate.from_file("workflow.json.jinja")\n'
      'with RunPodWorkflowExecutor("abc123def456", batch_size=4) as executor:\n'
@@ -141,7 +163,7 @@ class Page:
         if block.language == "python":
             return self._run_python(text, block.line)
         assert block.language == "sh", f"{self._path.name}, line {block.line}: {block.language!r}"
-        if text.startswith("comfy-executors devserver"):
+        if text.startswith(SERVERS):
             return run_until_interrupted(text)
         return run_shell(text, self._server.address)
 
@@ -179,6 +201,7 @@ def run_shell(text: str, address: str) -> str:
 
 def run_until_interrupted(text: str) -> str:
     # A free port, because the one of the page may be taken.
+    port = re.findall(r"--port (\d+)", text)[0]
     arguments = re.sub(r"--port \d+", "--port 0", text).split()
     arguments[0] = os.path.join(os.path.dirname(sys.executable), arguments[0])
     with subprocess.Popen(
@@ -191,7 +214,7 @@ def run_until_interrupted(text: str) -> str:
             assert process.wait(SECONDS) == 0
         finally:
             process.kill()
-    return re.sub(r":\d+", ":8188", line)
+    return re.sub(r":\d+", f":{port}", line)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
