@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +15,19 @@ from urllib.parse import urlencode, urlsplit
 import requests
 
 ROOT = Path(__file__).parent.parent
+WORKERS = 4
 STOP_SECONDS = 60
 
-# The site's configuration, and a note of the threads that are left when a worker ends.
+# The site's configuration, a word from each worker that is ready, and a note of the threads that
+# are left when it ends.
 CONFIGURATION = """
 import json, os, runpy, threading
 
 globals().update(runpy.run_path({conf!r}))
 end_of_site = worker_exit
+
+def post_worker_init(worker):
+    worker.log.info("ready")
 
 def worker_exit(server, worker):
     end_of_site(server, worker)
@@ -103,9 +109,13 @@ def gunicorn(folder, comfyui, database, **environment):
 
 
 def address_in(log, process):
-    """Wait until gunicorn has said where it listens; connections are accepted from then on."""
+    """Wait until all workers are ready, and return where gunicorn listens.
+
+    One that is told to stop before it is ready may miss that.
+    """
     while process.poll() is None:
-        found = re.search(r"Listening at: (\S+)", log.read_text("utf-8"))
-        if found:
-            return found[1]
+        said = log.read_text("utf-8")
+        if said.count("] ready") == WORKERS:
+            return re.search(r"Listening at: (\S+)", said)[1]
+        time.sleep(0.05)
     raise AssertionError(log.read_text("utf-8"))

@@ -4,7 +4,7 @@ import json
 import signal
 
 import pytest
-from served import gunicorn
+from served import WORKERS, gunicorn
 
 from comfy_executors.devserver import DevServer
 
@@ -57,6 +57,6 @@ def test_stopping_cancels_jobs_and_leaves_no_thread(
         assert site.stop(number) == 0
     comfyui.wait_for(lambda server: statuses(server) == ["interrupted"])
     threads = [json.loads(file.read_text()) for file in tmp_path.glob("*.threads")]
-    assert len(threads) == 4
+    assert len(threads) == WORKERS
     left = [name for names in threads for name in names if "Executor-" not in name]
-    assert left == ["MainThread"] * 4, threads
+    assert left == ["MainThread"] * WORKERS, threads

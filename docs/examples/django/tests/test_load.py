@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from threading import Event, Thread
 
 import pytest
-from served import gunicorn
+from served import WORKERS, gunicorn
 
 IMAGES, STREAMS, JOBS, LEAVERS = 110, 40, 30, 20
 EACH = 2  # images of a stream and of a job
@@ -122,5 +122,5 @@ def test_two_hundred_clients(tmp_path, comfy_dev_server, database):
     }
     assert exit_code == 0
     assert "SIGKILL" not in log
-    assert len(threads) == 4
+    assert len(threads) == WORKERS
     assert all("Comfy" not in name and "job" not in name for names in threads for name in names)
