@@ -11,7 +11,11 @@ _UNWANTED = {"asyncio", "PIL", "aiohttp", "tqdm", "numpy", "multiprocessing", "s
 
 
 def _imported(module: str) -> set[str]:
-    program = f"import sys, json, {module}; print(json.dumps([*sys.modules]))"
+    # Where tornado is, which Jupyter brings, tenacity imports it, and it imports asyncio.
+    program = (
+        "import sys, json; sys.modules['tornado'] = None; "
+        f"import {module}; print(json.dumps([*sys.modules]))"
+    )
     ran = subprocess.run(
         [sys.executable, "-c", program], check=True, stdout=subprocess.PIPE, text=True
     )
