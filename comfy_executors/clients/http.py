@@ -175,7 +175,7 @@ class HttpClient:
         outage_timeout: Seconds for which failed calls are repeated, once the server has answered
             at all.
         connections: How many connections are kept open.
-        head_seconds: How long a server may think before it answers.
+        head_seconds: How long a server may think before it answers, if not `READ_SECONDS`.
 
     Raises:
         ValueError: A header has characters that HTTP does not allow.
@@ -190,7 +190,7 @@ class HttpClient:
         verify: bool | str = True,
         outage_timeout: float = 60.0,
         connections: int = 10,
-        head_seconds: float = READ_SECONDS,
+        head_seconds: float | None = None,
     ) -> None:
         self.base_url = base_url
         self._head_seconds = head_seconds
@@ -334,12 +334,13 @@ class HttpClient:
     def _exchange(
         self, request: requests.Request, waiter: Waiter, into: IO[bytes] | None = None
     ) -> Answer:
+        head_seconds = self._head_seconds or READ_SECONDS
         # Zero would be an error, not a short time.
         timeout = (
             max(waiter.limit(CONNECT_SECONDS), 0.01),
-            max(waiter.limit(self._head_seconds), 0.01),
+            max(waiter.limit(head_seconds), 0.01),
         )
-        guard = CallGuard(waiter.limit, READ_SECONDS, self._head_seconds)
+        guard = CallGuard(waiter.limit, READ_SECONDS, head_seconds)
         try:
             prepared = self._prepare(request)
             with (

@@ -148,7 +148,8 @@ def test_a_socket_that_goes_silent_is_noticed_and_replaced(
         server.faults.silence_websockets = True
         assert len(executor.submit_workflow(bench(), num_samples=3).result(PATIENCE)) == 3
         assert deaf_warnings(caplog) == outage
-    assert served(server)["GET /ws"] == 3
+    # The last one is replaced only if a prompt still waits.
+    assert served(server)["GET /ws"] in (2, 3)
     exactly(server, 12)
 
 

@@ -104,11 +104,12 @@ def test_errors_that_are_kept_hold_no_images() -> None:
         assert served(server)["GET /view"] == 9
     assert [held(error) for error in errors if error] == [0, 0, 0]
     gc.collect()
-    assert outputs_in_memory() == 0
+    assert outputs_in_memory(server) == 0
 
 
-def outputs_in_memory() -> int:
-    return sum(isinstance(found, WorkflowOutput) for found in gc.get_objects())
+def outputs_in_memory(server: DevServer) -> int:
+    found = [thing for thing in gc.get_objects() if isinstance(thing, WorkflowOutput)]
+    return sum(output.server == server.url for output in found)
 
 
 def test_images_that_were_taken_do_not_wait_for_the_garbage_collector() -> None:
@@ -121,9 +122,9 @@ def test_images_that_were_taken_do_not_wait_for_the_garbage_collector() -> None:
             del run
             # The threads may just be on their way back to where they wait for work.
             tick, until = threading.Event(), time.monotonic() + PATIENCE
-            while outputs_in_memory() and time.monotonic() < until:
+            while outputs_in_memory(server) and time.monotonic() < until:
                 tick.wait(0.05)
-            assert outputs_in_memory() == 0
+            assert outputs_in_memory(server) == 0
         finally:
             gc.enable()
 
