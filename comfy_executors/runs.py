@@ -176,6 +176,8 @@ class WorkflowRun:
     run belongs to the process that started it: in a forked child it raises `WorkflowError`.
     """
 
+    _on_forsaken: Callable[[WorkflowRun], None]
+
     def __init__(
         self,
         batches: Sequence[Batch],
@@ -187,6 +189,8 @@ class WorkflowRun:
         on_room: Callable[[], None],
         job_size: int = 1,
     ) -> None:
+        self._objects = 1  # that share this state; see _for_caller
+        self._held_by_executor: Callable[[], WorkflowRun | None] = _nobody
         self.batches = tuple(batches)
         self.job = job
         self.options = options
@@ -368,8 +372,12 @@ class WorkflowRun:
             )
 
     def __del__(self) -> None:
-        if self._is_done():  # otherwise the executor holds it, too, and is the last
+        self._objects -= 1
+        held = self._held_by_executor()
+        if not self._objects:
             self._warn_of_unseen_errors()
+        elif held is not None and held is not self:
+            self._on_forsaken(held)
 
     # Inside, for the caller's side.
 
@@ -520,9 +528,11 @@ class WorkflowRun:
         Args:
             on_forsaken: Called then, by whoever drops it or by the garbage collector.
         """
+        self._on_forsaken = on_forsaken
+        self._held_by_executor = weakref.ref(self)
         twin = object.__new__(type(self))
         twin.__dict__ = self.__dict__
-        weakref.finalize(twin, on_forsaken, self).atexit = False
+        self._objects += 1
         return twin
 
     def _see_to_forsaken(self) -> None:
@@ -642,6 +652,10 @@ class WorkflowRun:
                 if not self._progress_failed:
                     logger.exception("on_progress raised; the run goes on, and tells it once")
                 self._progress_failed = True
+
+
+def _nobody() -> None:
+    return None
 
 
 def _fail_future(future: Future[BatchResult], error: BaseException, *, started: bool) -> None:

@@ -17,7 +17,9 @@ from comfy_executors import (
     BaseWorkflowExecutor,
     Batch,
     BatchResult,
+    ProgressEvent,
     WorkflowCancelledError,
+    WorkflowError,
     WorkflowOutputImage,
     WorkflowTemplate,
     WorkflowTimeoutError,
@@ -138,6 +140,51 @@ def test_a_job_of_a_whole_run_that_was_only_started_is_made_and_not_kept() -> No
         assert len(executor.made) == 1000
         executor.submit_workflow(WorkflowTemplate.from_graph(GRAPH)).cancel()
     assert executor.alive() == 0
+
+
+def test_a_callback_that_knows_its_run_does_not_keep_it() -> None:
+    told = []
+    with GatedExecutor(run_freely) as executor:
+        run = executor.submit(3)
+        for future in run.futures:
+            future.add_done_callback(lambda _, run=run: told.append(run.done()))
+        images = [weakref.ref(image) for image in run.result(DEADLINE)]
+        del run, future
+        executor.submit(1).result(DEADLINE)
+        gc.collect()
+        assert [image() for image in images] == [None] * 3
+    assert len(told) == 3
+
+
+def test_a_run_may_be_looked_at_long_after_the_executor_has_done_with_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    failures = threading.Semaphore(0)
+
+    def fail(executor: GatedExecutor, tag: str, batch: Batch, control: JobControl) -> None:
+        if tag == "bad":
+            raise WorkflowError("no such luck")
+
+    def hear(event: ProgressEvent) -> None:
+        if event.kind == "failed":
+            failures.release()
+
+    with GatedExecutor(fail) as executor:
+        held = executor.submit(2, "bad", on_progress=hear, ignore_errors=True)
+        dropped = executor.submit(3, "bad", on_progress=hear, ignore_errors=True)
+        for _ in range(5):
+            assert failures.acquire(timeout=DEADLINE)
+        # By now the executor has let go of both.
+        assert len(executor.submit(1, "good").result(DEADLINE)) == 1
+        gc.collect()
+        assert "no such luck" not in caplog.text
+        del dropped
+        gc.collect()
+        assert caplog.text.count("3 of 3 batches failed, and nobody looked") == 1
+        assert sorted(held.errors) == [0, 1]
+        del held
+        gc.collect()
+    assert caplog.text.count("no such luck") == 1
 
 
 def test_leaving_the_with_block_of_a_run_cancels_the_rest() -> None:
