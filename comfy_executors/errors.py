@@ -21,7 +21,7 @@
     │   ├── ServerNotReadyError         it did not become ready in time (also a TimeoutError)
     │   ├── AuthenticationError         it answers 401 or 403
     │   ├── ServerResponseError         it answers something that no ComfyUI server would
-    │   └── EndpointNotFoundError       RunPod does not know the endpoint, or not under this key
+    │   └── EndpointNotFoundError       RunPod does not know the endpoint, or Modal the app
     └── WorkflowError                   a batch failed
         ├── WorkflowRejectedError       the server refused the graph; nothing ran
         ├── NodeExecutionError          a node raised
@@ -460,7 +460,7 @@ class OutputMissingError(WorkflowError):
 
 
 class EndpointNotFoundError(ServerError):
-    """Raised when RunPod does not know the endpoint, or does not show it to this key."""
+    """Raised when RunPod does not know the endpoint, or not under this key, or Modal the app."""
 
 
 class PayloadTooLargeError(WorkflowError, ValueError):

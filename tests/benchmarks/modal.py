@@ -44,7 +44,7 @@ def _first_image(edge: ModalEdge) -> Line:
             now = time.time()
             (written,) = [
                 path.stat().st_mtime
-                for path in edge.backend.directory.glob("outputs/*/1_00000_000.png")
+                for path in edge.backend.directory.glob("outputs/*/1_00000_*.png")
                 if path.read_bytes() == image.data
             ]
             late.append(now - written)
