@@ -14,6 +14,7 @@ from typing import IO, Any
 
 _READ_BYTES = 256 * 1024
 _SPACE = " \t\r\n"
+_AFTER_VALUE = _SPACE + ",:]}"
 _decoder = json.JSONDecoder()
 
 
@@ -121,8 +122,9 @@ class _Text:
                 if not self._fill():
                     raise
                 continue
-            # A number may go on in what was not read yet; what follows a value is no part of it.
-            if end < len(self._text) or not self._fill():
+            # A number may go on in what was not read yet, also after its point: `1.` is read as 1.
+            follows = self._text[end : end + 1]
+            if (follows and follows in _AFTER_VALUE) or not self._fill():
                 self._at = end
                 return found
 

@@ -25,6 +25,16 @@ ANSWERS = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.parametrize("number", ["-1500000000.0", "1e9", "1.5E-3", "12", "-0.0"])
+@pytest.mark.parametrize("piece", range(1, 20))
+def test_a_number_is_not_cut_in_two(
+    number: str, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runpod_chunks, "_READ_BYTES", piece)
+    chunks = ChunkFile(io.BytesIO(f'{{"more":{number},"stream":[{{"output":{number}}}]}}'.encode()))
+    assert tuple(chunks) == (json.loads(number),)
+
+
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(ANSWERS, st.booleans(), st.sampled_from([None, 1]), st.integers(1, 40), st.randoms())
 def test_a_file_says_what_the_whole_answer_says(
