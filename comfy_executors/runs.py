@@ -172,8 +172,10 @@ class WorkflowRun:
     threads may share one iteration. Batches are handed to the server as results are taken, so that
     a slow consumer does not fill the memory; asking for `futures`, `result()` or `outputs()`, and
     `output_dir=`, lift that bound. In `with`, leaving cancels what is left. A run that nobody holds
-    any more after its first images were taken is cancelled, too: nobody could take the others. A
-    run belongs to the process that started it: in a forked child it raises `WorkflowError`.
+    any more after its first images were taken is cancelled, too: nobody could take the others (an
+    `on_progress` that knows the run holds it: leave `with`, or cancel it yourself).
+
+    A run belongs to the process that started it: in a forked child it raises `WorkflowError`.
     """
 
     _on_forsaken: Callable[[WorkflowRun], None]
@@ -370,6 +372,9 @@ class WorkflowRun:
                 f"<WorkflowRun batches={len(self.batches)} running={len(self._active)} "
                 f"done={self._settled - len(self._errors)} failed={len(self._errors)}>"
             )
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a run cannot be copied or pickled: it belongs to its executor's threads")
 
     def __del__(self) -> None:
         self._objects -= 1

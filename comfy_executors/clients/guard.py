@@ -27,6 +27,7 @@ _BUFFER_BYTES = 65536  # each read costs a look at the deadline
 _SLACK_SECONDS = 0.1  # by which a read may outlast its deadline
 
 _current = threading.local()
+_entering = threading.Lock()  # guards which connection is whose
 
 
 class CallGuard:
@@ -44,8 +45,7 @@ class CallGuard:
         self._limit = limit
         self._read_seconds = read_seconds
         self._head_seconds = head_seconds
-        self._lock = threading.Lock()
-        self._connection: http.client.HTTPConnection | None = None
+        self._connection: Any = None
         self._interrupted = False
         self._head_until: float | None = None
 
@@ -60,14 +60,19 @@ class CallGuard:
         traceback: TracebackType | None,
     ) -> None:
         _current.guard = None
-        with self._lock:
-            self._connection = None  # from here on it may be another call's
+        with _entering:
+            connection, self._connection = self._connection, None
+            if connection is not None and connection.guard is self:
+                connection.guard = None
 
     def interrupt(self) -> None:
         """Break the call off; any thread may."""
-        with self._lock:
+        with _entering:
             self._interrupted = True
-            sock = self._connection.sock if self._connection is not None else None
+            connection = self._connection
+            # It goes back to its pool before this call has ended, and may be another call's by now.
+            is_ours = connection is not None and connection.guard is self
+            sock = connection.sock if is_ours else None
             if sock is not None:
                 with contextlib.suppress(OSError):  # it is closed already
                     # Not through the TLS layer, which would end under its reader's hands.
@@ -77,10 +82,11 @@ class CallGuard:
         """Say that the answer's head has come; its body may take longer."""
         self._head_until = None
 
-    def enter(self, connection: http.client.HTTPConnection) -> None:
+    def enter(self, connection: Any) -> None:
         """Take note of the connection that the call uses."""
-        with self._lock:
+        with _entering:
             self._connection = connection
+            connection.guard = self
 
     def wait_for_head(self) -> None:
         """Say that the request is sent."""
@@ -132,10 +138,12 @@ class _Response(http.client.HTTPResponse):
 
 
 class _Guarded:
+    guard: CallGuard | None = None
+
     def request(self, *args: Any, **kwargs: Any) -> Any:
         guard: CallGuard | None = getattr(_current, "guard", None)
         if guard is not None:
-            guard.enter(self)  # type: ignore[arg-type]
+            guard.enter(self)
         return super().request(*args, **kwargs)  # type: ignore[misc]
 
 

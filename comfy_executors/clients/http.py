@@ -407,7 +407,7 @@ class HttpClient:
         return prepared
 
     def _is_plain(self, request: requests.Request, path: str) -> bool:
-        signs = not isinstance(self._auth, (_NoAuth, HTTPBasicAuth))
+        signs = type(self._auth) not in (_NoAuth, HTTPBasicAuth)
         has_known_body = request.method in ("GET", "HEAD") or request.json is not None
         return has_known_body and not signs and _PLAIN_PATH.fullmatch(path) is not None
 

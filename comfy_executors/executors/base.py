@@ -327,7 +327,7 @@ class BaseWorkflowExecutor(abc.ABC):
                 self._closed = True
                 runs = list(self._runs)
                 for run in runs:
-                    run._unbounded = True  # nobody may be left to take its results
+                    run._unbounded |= not run._forsaken  # nobody may be left to take its results
                 inside = threading.current_thread() in self._threads
             if cancel:
                 _cancel_all(runs)
@@ -406,14 +406,19 @@ class BaseWorkflowExecutor(abc.ABC):
             except RuntimeError as error:  # no thread can be started, and there is none
                 self._runs.remove(run)
                 raise ExecutorClosedError(f"{type(self).__name__} cannot work: {error}") from error
-        return run._for_caller(self._note_forsaken)
+        twin = run._for_caller(self._note_forsaken)
+        self._known_runs.add(twin)
+        return twin
 
     def _note_forsaken(self, run: WorkflowRun) -> None:
         # Only this much: it may be the garbage collector that calls, at any moment.
-        with self._changed:
-            run._forsaken = True
-            self._changed.notify()
-            self._results_taken.notify_all()
+        run._forsaken = True
+        if self._lock.acquire(blocking=False):
+            try:
+                self._changed.notify()
+                self._results_taken.notify_all()
+            finally:
+                self._lock.release()
 
     def _wake(self) -> None:
         with self._changed:
@@ -548,6 +553,7 @@ class BaseWorkflowExecutor(abc.ABC):
                 logger.exception("batch %d failed in an unforeseen way", min(pending))
             fail_rest(error)
         finally:
+            control.on_giving_up = None
             run._leave(batches)
 
     def _attempt(
@@ -614,7 +620,7 @@ class BaseWorkflowExecutor(abc.ABC):
             try:
                 self._see_to_work()
                 while not run._wants_more(pending):
-                    self._results_taken.wait(control.limit(threading.TIMEOUT_MAX))
+                    self._results_taken.wait(control.limit(_IDLE_SECONDS))
                 control.limit(0)
             finally:
                 self._parked -= 1

@@ -103,10 +103,12 @@ class ComfyPrompt:
             self._follow()
             return self._result()
         except BaseException as error:
-            if isinstance(error, (WorkflowCancelledError, WorkflowTimeoutError)):
-                self._control.give_up(error)
-            self._made.discard()
-            self._cancel()
+            try:
+                if isinstance(error, (WorkflowCancelledError, WorkflowTimeoutError)):
+                    self._control.give_up(error)
+                self._made.discard()
+            finally:  # whatever a callback raises
+                self._cancel()
             _let_go(error)
             raise
         finally:

@@ -6,6 +6,7 @@ import contextlib
 import threading
 import time
 import uuid
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -22,14 +23,15 @@ class JobControl:
     """
 
     def __init__(self, run: WorkflowRun, release_place: Callable[[], None]) -> None:
-        self._run = run
+        # Weak: else a run that is done would wait for the garbage collector with all its images.
+        self._run = weakref.ref(run)
         self._release_place = release_place
         self._changed = threading.Condition()
         self._mail: deque[Any] = deque()
         self._cancel_reason: str | None = None
         self._interrupts: set[Callable[[], None]] = set()  # of the calls being made
-        self._deadline = run.deadline
-        self._limit = f"the run's timeout of {run.options.timeout} s"
+        self._run_deadline = self._deadline = run.deadline
+        self._run_limit = self._limit = f"the run's timeout of {run.options.timeout} s"
         self._has_place = True
         # Whether it matters at once how far execution has come.
         self._is_watched = (
@@ -111,11 +113,13 @@ class JobControl:
 
         While one job's batch timeout passes, the others go on, and the answer is empty.
         """
-        over = self._run.deadline is not None and time.monotonic() >= self._run.deadline
+        run, deadline = self._run(), self._run_deadline
+        over = deadline is not None and time.monotonic() >= deadline
         with self._changed:
             if self._cancel_reason is None and not over:
                 return []
-        return [control for control in self._run._running() if isinstance(control, JobControl)]
+        running = run._running() if run is not None else []
+        return [control for control in running if isinstance(control, JobControl)]
 
     def sleep(self, seconds: float) -> None:
         """Wait, for a backoff; mail stays in the mailbox. Raises as `receive` does."""
@@ -142,7 +146,7 @@ class JobControl:
 
     def begin(self, batch: Batch) -> None:
         """Say that the batch's execution began; its `batch_timeout` counts from here."""
-        timeout = self._run.options.batch_timeout
+        timeout = self.batch_timeout
         if timeout is not None:
             self._set_deadline(timeout)
         self.progress(ProgressEvent("started", batch.index))
@@ -170,7 +174,9 @@ class JobControl:
 
     def progress(self, event: ProgressEvent) -> None:
         """Pass a progress event on to the run's `on_progress`."""
-        self._run._report(event)
+        run = self._run()
+        if run is not None:  # what comes when all is done is no news
+            run._report(event)
 
     @contextlib.contextmanager
     def interrupting(self, interrupt: Callable[[], None]) -> Iterator[None]:
@@ -195,8 +201,7 @@ class JobControl:
             self._changed.notify_all()
 
     def _set_deadline(self, batch_timeout: float | None) -> None:
-        run = self._run
-        deadline, limit = run.deadline, f"the run's timeout of {run.options.timeout} s"
+        deadline, limit = self._run_deadline, self._run_limit
         if batch_timeout is not None:
             batch_deadline = time.monotonic() + batch_timeout
             if deadline is None or batch_deadline < deadline:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from comfy_executors.errors import GraphError
@@ -23,19 +23,21 @@ class Attachment:
     Args:
         job_id: The backend's id of the job.
         numbers: The numbers that its batches have in the job.
-        run: The run, once it was started.
+        run: Finds the run, once it was started, while somebody holds it.
     """
 
     job_id: str
     numbers: Sequence[int]
-    run: WorkflowRun | None = None
+    run: Callable[[], WorkflowRun | None] | None = None
 
     @property
     def is_stopped(self) -> bool:
         """Whether the run was cancelled, or its deadline has passed."""
-        run = self.run
-        if run is None:
+        if self.run is None:
             return False
+        run = self.run()
+        if run is None:
+            return True
         is_late = run.deadline is not None and time.monotonic() >= run.deadline
         return is_late or run.cancelled() or run.done()
 
@@ -119,12 +121,13 @@ class ServerlessWorkflowExecutor(BaseWorkflowExecutor):
         self._unfollowed[attachment] = job_id
         try:
             job = AttachedJob((), output_dir=options.output_dir, attachment=attachment)
-            attachment.run = self._start(batches, job, options)
+            run = self._start(batches, job, options)
+            attachment.run = run._held_by_executor
         except BaseException:
             self._unfollowed.pop(attachment, None)
             raise
         self._cancel_unfollowed()  # another thread may have closed the executor just now
-        return attachment.run
+        return run
 
     def _document(
         self, request_id: str, graphs: Sequence[JobGraph], job: Job, control: JobControl

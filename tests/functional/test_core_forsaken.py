@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import threading
 import weakref
 from collections.abc import Iterator
@@ -11,7 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from core_backend import DEADLINE, GatedExecutor, picture, run_freely, threads_of
+from core_backend import (
+    DEADLINE,
+    GatedExecutor,
+    call_in_thread,
+    picture,
+    run_freely,
+    threads_of,
+)
 
 from comfy_executors import (
     BaseWorkflowExecutor,
@@ -185,6 +194,63 @@ def test_a_run_may_be_looked_at_long_after_the_executor_has_done_with_it(
         del held
         gc.collect()
     assert caplog.text.count("no such luck") == 1
+
+
+@pytest.mark.parametrize("taken", ["result", "futures"])
+def test_images_that_were_taken_do_not_wait_for_the_garbage_collector(taken: str) -> None:
+    with GatedExecutor(run_freely) as executor:
+        gc.collect()
+        gc.disable()
+        try:
+            run = executor.submit(3)
+            if taken == "result":
+                images = [weakref.ref(image) for image in run.result(DEADLINE)]
+            else:
+                images = [weakref.ref(f.result(DEADLINE).images[0]) for f in run.futures]
+            assert len(images) == 3
+            del run
+            executor.close()  # its threads may just be on their way back
+            assert [image() for image in images] == [None] * 3
+        finally:
+            gc.enable()
+
+
+def test_letting_go_of_a_run_waits_for_no_lock() -> None:
+    locked, free = threading.Event(), threading.Event()
+
+    def hold(executor: GatedExecutor) -> None:
+        with executor._lock:
+            locked.set()
+            assert free.wait(DEADLINE)
+
+    with GatedExecutor(run_freely, max_workers=1) as executor:
+        run = executor.submit(50)
+        next(run)
+        holder = call_in_thread(hold, executor)
+        assert locked.wait(DEADLINE)
+        del run  # as the garbage collector may do on any thread, with any lock in hand
+        gc.collect()
+        assert not holder.done()
+        free.set()
+        holder.result(DEADLINE)
+
+
+def test_a_break_and_then_the_end_of_with_cancels_whoever_comes_first() -> None:
+    for _ in range(20):
+        with GatedExecutor(run_freely, max_workers=2) as executor:
+            for image in executor.submit(60):
+                del image
+                break
+        assert executor.count("begin") < 60
+
+
+def test_a_run_can_be_neither_copied_nor_pickled() -> None:
+    with GatedExecutor(run_freely) as executor:
+        run = executor.submit(3)
+        for attempt in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match="cannot be copied or pickled"):
+                attempt(run)
+        assert len(list(run)) == 3
 
 
 def test_leaving_the_with_block_of_a_run_cancels_the_rest() -> None:

@@ -146,6 +146,10 @@ def test_an_executor_works_on_both_sides_of_a_fork(options: str) -> None:
 LOCKED_FORK = """
 executor.open_gates(6)
 run.result()
+executor.open_gates(1, "other")
+executor.submit(1, "other").result()
+gc.collect()
+assert run._held_by_executor() is None  # only the caller holds it any more
 locked, go_on = threading.Event(), threading.Event()
 def hold():
     with executor._lock:
@@ -170,6 +174,6 @@ executor.close()
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_lock_that_was_held_at_the_fork_holds_nobody_in_the_child() -> None:
     script = "import warnings; warnings.simplefilter('ignore', DeprecationWarning)\n"
-    script += "from comfy_executors import WorkflowError" + START + LOCKED_FORK
+    script += "import gc; from comfy_executors import WorkflowError" + START + LOCKED_FORK
     with python(script) as process:
         assert finish(process) == ("1\n", "")

@@ -592,6 +592,19 @@ def test_a_run_is_cancelled_while_the_websocket_is_not_answered(server: DevServe
     assert server.prompts == []
 
 
+def test_a_callback_that_wants_to_end_the_program_does_not_keep_a_prompt_running(
+    server: DevServer, executor: ComfyServerWorkflowExecutor
+) -> None:
+    def leave(_: object) -> None:
+        raise SystemExit
+
+    run = executor.submit_workflow(bench(ENDLESS, steps=10_000))
+    run.futures[0].add_done_callback(leave)
+    server.wait_for(lambda s: statuses(s) == {"running": 1}, PATIENCE)
+    run.cancel()
+    ended(server, interrupted=1)
+
+
 def test_a_stranger_who_interrupts_ours_is_an_error(
     server: DevServer, executor: ComfyServerWorkflowExecutor
 ) -> None:

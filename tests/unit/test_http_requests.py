@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import requests
-from requests.auth import AuthBase, HTTPDigestAuth
+from requests.auth import AuthBase, HTTPBasicAuth, HTTPDigestAuth
 
 from comfy_executors.clients.http import DeadlineWaiter, HttpClient
 from comfy_executors.errors import AuthenticationError, ServerResponseError
@@ -25,6 +25,24 @@ class Signature(AuthBase):
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         request.headers["X-Signed"] = f"{request.method} {request.path_url} {request.body!r}"
         return request
+
+
+class Rotating(HTTPBasicAuth):
+    """Basic auth whose password changes with each call."""
+
+    calls = 0
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        self.calls += 1
+        self.password = f"t{self.calls}"
+        return super().__call__(request)
+
+
+def test_an_auth_of_ones_own_is_asked_for_each_call() -> None:
+    client = HttpClient("http://host.invalid", auth=Rotating("me", ""))
+    request = requests.Request("GET", "http://host.invalid/queue")
+    sent = [client._prepare(request).headers["Authorization"] for _ in range(3)]
+    assert len(set(sent)) == 3
 
 
 @pytest.mark.parametrize("auth", [None, ("me", "s:ä"), Signature()])
