@@ -247,12 +247,14 @@ class _SweepDelivery:
     def _places(self, result: RowResult, own: Path) -> dict[WorkflowOutput, str]:
         """Give the files of a row, in its own folder, the names that they are to have."""
         places: dict[WorkflowOutput, str] = {}
+        given: set[Path] = set()  # no file is there yet, so that the disk does not know of them
         for output in (*result.images, *result.outputs):
             assert output.path is not None, "they were saved as they came"
             below = output.path.relative_to(own)
             target = self._folder / below.parent / f"{result.index:05d}_{below.name}"
-            if os.path.lexists(target):
+            while os.path.lexists(target) or target in given:
                 target = next_free(target)
+            given.add(target)
             place = target.relative_to(self._folder)
             os.replace(output.path, own / place)
             places[output] = place.as_posix()

@@ -245,6 +245,20 @@ def test_resume_does_what_is_missing(cli: Cli) -> None:
     assert len(cli.server.prompts) == 13
 
 
+def test_images_of_a_row_that_is_made_again_take_no_names_of_each_other(cli: Cli) -> None:
+    write_jsonl(cli, {"prompt": "a", "num_samples": 3})
+    assert cli.within(*JSONL).returncode == 0
+    before = {path: Path(path).read_bytes() for path in cli.saved()}
+    (cli.folder / "out" / "results.jsonl").unlink()
+    cli.server.reset()  # and with it the server's counter: the same three names come again
+    assert cli.within(*JSONL).returncode == 0
+    [record] = records(cli)
+    paths = {str(cli.folder / "out" / image["path"]) for image in record["images"]}
+    assert (len(before), len(paths), len(cli.saved())) == (3, 3, 6)
+    assert set(cli.saved()) == before.keys() | paths
+    assert {path: Path(path).read_bytes() for path in before} == before
+
+
 def test_equal_rows_are_rows_of_their_own(cli: Cli) -> None:
     write_csv(cli, *[{"prompt": "same"}] * 3)
     assert cli.within(*CSV).returncode == 0
