@@ -82,6 +82,7 @@ class Results:
         self.path = folder / FILE_NAME
         self._unfinished = folder / _UNFINISHED
         self._file: int | None = None
+        self._is_ours = False  # whether nothing in `.unfinished` belongs to a line any more
         self._lock = _lock(folder)
 
     def exists(self) -> bool:
@@ -91,6 +92,7 @@ class Results:
     def begin(self) -> None:
         """Begin anew: remove what a run left that was killed before its first row ended."""
         shutil.rmtree(self._unfinished, ignore_errors=True)
+        self._is_ours = True
 
     def resume(self, ids: Iterable[str]) -> Resumed:
         """Take up what an earlier run has left: keep what is done, drop what failed.
@@ -101,9 +103,19 @@ class Results:
         Raises:
             UsageError: They belong to another template or other options, or are no results.
         """
+        temporary = self._folder / f".{FILE_NAME}.new"
+        try:
+            resumed = self._take_up(ids, temporary)
+            os.replace(temporary, self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        shutil.rmtree(self._unfinished, ignore_errors=True)
+        self._is_ours = True
+        return resumed
+
+    def _take_up(self, ids: Iterable[str], temporary: Path) -> Resumed:
         index_of = {row_id: index for index, row_id in enumerate(ids)}
         resumed = Resumed(set())
-        temporary = self._folder / f".{FILE_NAME}.new"
         kept = 0
         with temporary.open("w", encoding="utf-8", newline="\n") as new:
             for record in self.records():
@@ -123,12 +135,9 @@ class Results:
             new.flush()
             os.fsync(new.fileno())
         if kept and not resumed.done and not resumed.failed:
-            temporary.unlink()
             raise UsageError(
                 f"{self.path} has the results of other rows: is --vars the right file?"
             )
-        os.replace(temporary, self.path)
-        shutil.rmtree(self._unfinished, ignore_errors=True)
         return resumed
 
     def records(self) -> Iterator[Record]:
@@ -165,22 +174,21 @@ class Results:
             OutputFileError: It cannot be written.
         """
         try:
+            self._is_ours = False
             self._write((json.dumps({**record, **self._facts}) + "\n").encode())
             self._move(record)
+            self._is_ours = True
         except OSError as error:
             raise OutputFileError(f"cannot write {self.path}: {error.strerror}") from error
         shutil.rmtree(self.folder_of(record["id"]), ignore_errors=True)
-
-    def discard(self, row_id: str) -> None:
-        """Remove the files of a row that failed."""
-        shutil.rmtree(self.folder_of(row_id), ignore_errors=True)
 
     def close(self) -> None:
         """Let others have them."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
-        shutil.rmtree(self._unfinished, ignore_errors=True)
+        if self._is_ours:
+            shutil.rmtree(self._unfinished, ignore_errors=True)
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None

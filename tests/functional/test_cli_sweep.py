@@ -304,6 +304,7 @@ def test_what_is_no_result_is_named(cli: Cli) -> None:
     done = cli.within(*CSV, "--resume")
     assert (done.returncode, "line 1, is no result of a row" in done.stderr) == (2, True)
     assert (cli.folder / "out" / "results.jsonl").read_text() == '{"mine": 1}\n'
+    assert [path.name for path in (cli.folder / "out").iterdir()] == ["results.jsonl"]
 
 
 def test_files_whose_line_was_written_are_moved_later(tmp_path: Path) -> None:
@@ -321,6 +322,31 @@ def test_files_whose_line_was_written_are_moved_later(tmp_path: Path) -> None:
     assert results.resume([row_id]).done == {0}
     results.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["00000_a.png", "results.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [((), "is there already"), (("--resume", "--seed", "5"), "the options changed since")],
+)
+def test_a_command_that_is_refused_removes_no_images(
+    cli: Cli, options: tuple[str, ...], words: str
+) -> None:
+    write_csv(cli, {"prompt": "x"})
+    assert cli.within(*CSV).returncode == 0
+    [record] = records(cli)
+    [image] = record["images"]
+    # As left by a process that was killed between the line and the move.
+    unfinished = cli.folder / "out" / ".unfinished" / record["id"]
+    unfinished.mkdir(parents=True)
+    (cli.folder / "out" / image["path"]).rename(unfinished / image["path"])
+
+    refused = cli.within(*CSV, *options)
+    assert (refused.returncode, words in refused.stderr) == (2, True)
+    assert [path.name for path in unfinished.iterdir()] == [image["path"]]
+    assert cli.within(*CSV, "--resume").returncode == 0
+    left = sorted(path.name for path in (cli.folder / "out").iterdir())
+    assert left == sorted([image["path"], "results.jsonl"])
+    assert len(cli.server.prompts) == 1
 
 
 @pytest.mark.slow
