@@ -122,16 +122,14 @@ class RunGallery:
         inputs = row.get("input_images")
         variables = {**self._variables, **own}
         if record["error"] is not None:
-            command = self._command(variables, record["seed"], 1, inputs)
+            # A row without a seed did not get so far as to have anything that a command can say.
+            seed, command = record["seed"], ""
+            if seed is not None:
+                command = self._command(variables, seed, 1, inputs)
             message = record["error"]["message"]
             return [
                 Batch(
-                    0,
-                    row=record["row"],
-                    seed=record["seed"],
-                    variables=own,
-                    command=command if record["seed"] is not None else "",
-                    error=message,
+                    0, row=record["row"], seed=seed, variables=own, command=command, error=message
                 )
             ]
         size = args.batch_size if "batch_size" in self._template.variables else 1
@@ -194,7 +192,10 @@ class RunGallery:
             command += ["--input", os.path.abspath(image)]
         if args.include_previews:
             command.append("--include-previews")
-        command += variable_options(variables)
+        try:
+            command += variable_options(variables)
+        except (TypeError, ValueError):  # NaN, which no command line can say
+            return ""
         return shell_command([*command, *batch_options(seed, size)])
 
     def _note(self) -> str:

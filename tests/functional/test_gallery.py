@@ -437,6 +437,22 @@ def test_a_sweep_that_goes_on_has_one_place(cli: Cli) -> None:
     assert [(batch.row, bool(batch.error)) for batch in run.batches] == [(0, False), (1, False)]
 
 
+def test_a_malformed_row_is_shown_beside_the_others(cli: Cli) -> None:
+    rows = [{"prompt": "a"}, {"input_images": 5}, {"seconds": float("nan")}, {"prompt": [1]}]
+    rows += [{"fail": float("nan")}]
+    (cli.folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = cli.within("run", "bench.jinja", "--vars", "rows.jsonl", "--gallery")
+    assert (done.returncode, "index.html" in done.stderr) == (1, True)
+    [run] = gallery_of(cli)
+    assert [(b.row, bool(b.error), bool(b.command)) for b in run.batches] == [
+        (0, False, True),
+        (1, True, False),
+        (2, True, False),
+        (3, False, True),
+        (4, True, False),
+    ]
+
+
 def test_somebody_elses_page_is_not_lost(cli: Cli, tmp_path: Path) -> None:
     page = cli.folder / "out" / "index.html"
     page.parent.mkdir()
