@@ -121,19 +121,20 @@ class RunGallery:
         own = {name: value for name, value in row.items() if name not in ROW_ARGUMENTS}
         inputs = row.get("input_images")
         variables = {**self._variables, **own}
+        size = args.batch_size if "batch_size" in self._template.variables else 1
+        num_samples = row.get("num_samples", args.num_samples)
         if record["error"] is not None:
             # A row without a seed did not get so far as to have anything that a command can say.
             seed, command = record["seed"], ""
             if seed is not None:
-                command = self._command(variables, seed, 1, inputs)
+                command = self._command(variables, seed, size, inputs, num_samples)
             message = record["error"]["message"]
             return [
                 Batch(
                     0, row=record["row"], seed=seed, variables=own, command=command, error=message
                 )
             ]
-        size = args.batch_size if "batch_size" in self._template.variables else 1
-        sizes = plan_batches(row.get("num_samples", args.num_samples), size)
+        sizes = plan_batches(num_samples, size)
         batches: dict[int, Batch] = {}
         for entry in (*record["images"], *record["outputs"]):
             path = self._folder / entry["path"]
@@ -174,6 +175,7 @@ class RunGallery:
         seed: int | None,
         size: int,
         inputs: Iterable[str] | None = None,
+        num_samples: int | None = None,
     ) -> str:
         args = self._args
         command = ["comfy-executors", "run", command_path(self._template.source or args.template)]
@@ -196,7 +198,7 @@ class RunGallery:
             command += variable_options(variables)
         except (TypeError, ValueError):  # NaN, which no command line can say
             return ""
-        return shell_command([*command, *batch_options(seed, size)])
+        return shell_command([*command, *batch_options(seed, size, num_samples)])
 
     def _note(self) -> str:
         left_out = [f"--header {', '.join(self._args.header_names)}"] * bool(

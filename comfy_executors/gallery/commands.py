@@ -62,7 +62,13 @@ def variable_options(variables: Mapping[str, Any]) -> list[str]:
     return options
 
 
-def batch_options(seed: int | None, size: int) -> list[str]:
-    """Write how one batch is made again alone: its seed, and its size as the whole run."""
+def batch_options(seed: int | None, size: int, num_samples: int | None = None) -> list[str]:
+    """Write how a batch is made again.
+
+    Args:
+        seed: Its seed.
+        size: How many images it makes.
+        num_samples: How many images the run makes; by default the batch is made alone.
+    """
     options = [] if seed is None else ["--seed", str(seed)]
-    return [*options, "--num-samples", str(size), "--batch-size", str(size)]
+    return [*options, "--num-samples", str(num_samples or size), "--batch-size", str(size)]

@@ -475,6 +475,16 @@ def test_failures_are_named(cli: Cli) -> None:
     assert text.count("<strong>Batch ") == 3
 
 
+def test_the_command_of_a_failed_row_asks_for_all_of_it(cli: Cli) -> None:
+    row = {"fail": "boom", "num_samples": 5, "seed": 7}
+    (cli.folder / "rows.jsonl").write_text(json.dumps(row))
+    sweep = ("run", "bench.jinja", "--vars", "rows.jsonl", "--batch-size", "2", "--gallery")
+    assert cli.within(*sweep).returncode == 1
+    [run] = gallery_of(cli)
+    [batch] = run.batches
+    assert batch.command.endswith(" --seed 7 --num-samples 5 --batch-size 2")
+
+
 def test_what_came_before_ctrl_c_is_shown(cli: Cli) -> None:
     arguments = ("run", "bench.jinja", "--num-samples", "2000", "--gallery")
     process = cli.start(*arguments, "--var-json", "seconds=0.05")
