@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +36,7 @@ class Batch:
         row: Which row of a sweep, from 0.
         seed: Its seed.
         seconds: How long it took.
-        variables: The variables that only its row has.
+        variables: The variables that only its row has; what JSON does not have becomes its text.
         command: What makes it again; empty where nothing can.
         error: Why it failed; empty where it did not.
         files: What it made, in order.
@@ -48,6 +50,9 @@ class Batch:
     command: str = ""
     error: str = ""
     files: list[File] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.variables = _plain(self.variables)
 
     @property
     def name(self) -> str:
@@ -67,7 +72,7 @@ class Run:
         started: When it was begun, for people to read.
         server: Where it ran, without keys.
         seconds: How long it took.
-        variables: The variables of all its batches.
+        variables: The variables of all its batches, as for a batch.
         note: What there is to say of its commands.
         batches: Its batches, in order; those that failed have an error and no files.
     """
@@ -81,10 +86,26 @@ class Run:
     note: str = ""
     batches: list[Batch] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.variables = _plain(self.variables)
+
     @property
     def failures(self) -> list[Batch]:
         """The batches that failed."""
         return [batch for batch in self.batches if batch.error]
+
+
+def _plain(value: Any) -> Any:
+    """Make of a value what JSON has; one that it does not have is shown, and its text does."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, Mapping):
+        return {str(name): _plain(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return str(value)
 
 
 def run_from_json(data: dict[str, Any]) -> Run:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Union
@@ -104,18 +105,17 @@ class _Source:
         return batches
 
     def batches_of_row(self, row: RowResult) -> list[Batch]:
-        own = {name: value for name, value in row.row.items() if name not in ROW_ARGUMENTS}
+        given = row.row if isinstance(row.row, Mapping) else {}
+        own = {name: value for name, value in given.items() if name not in ROW_ARGUMENTS}
         variables = {**self._variables, **own}
-        repeatable = row.seed is not None and "input_images" not in row.row
+        repeatable = row.seed is not None and "input_images" not in given
         batches = [
             self._batch(result, len(result.images) or 1, {}, variables, repeatable)
             for result in row.batches
         ]
         if row.error is not None:
             batches.append(Batch(len(batches), seed=row.seed, error=str(row.error)))
-        for batch in batches:
-            batch.row, batch.variables = row.index, own
-        return batches
+        return [replace(batch, row=row.index, variables=own) for batch in batches]
 
     def _batch(
         self,

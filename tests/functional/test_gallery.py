@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import date
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -451,6 +452,29 @@ def test_a_malformed_row_is_shown_beside_the_others(cli: Cli) -> None:
         (3, False, True),
         (4, True, False),
     ]
+
+
+def test_variables_that_json_does_not_have_are_shown_as_text(tmp_path: Path) -> None:
+    nan, day, path = float("nan"), date(2026, 11, 28), Path("a") / "b.png"
+    rows: list[Any] = [{"prompt": path}, {"seconds": nan, "fail": [nan, {1: day}]}, "no row"]
+    template = WorkflowTemplate(BENCH)
+    with DummyWorkflowExecutor() as executor:
+        results = list(executor.map_workflows(template, rows, ordered=True))
+        page = write_gallery(tmp_path, results, variables={"day": day, "high": -float("inf")})
+    found = re.search(r'id="data">(.*?)</script>', page.read_text("utf-8"))
+    assert found is not None
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"no browser reads {word}")
+
+    [run] = json.loads(found[1], parse_constant=refuse)
+    assert run["variables"] == {"day": "2026-11-28", "high": "-inf"}
+    assert [batch["variables"] for batch in run["batches"]] == [
+        {"prompt": str(path)},
+        {"seconds": "nan", "fail": ["nan", {"1": "2026-11-28"}]},
+        {},
+    ]
+    assert [bool(batch["files"]) for batch in run["batches"]] == [True, False, False]
 
 
 def test_somebody_elses_page_is_not_lost(cli: Cli, tmp_path: Path) -> None:
