@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+_EXACT = 2**53  # browsers round whole numbers beyond it
 
 
 @dataclass
@@ -36,7 +38,7 @@ class Batch:
         row: Which row of a sweep, from 0.
         seed: Its seed.
         seconds: How long it took.
-        variables: The variables that only its row has; what JSON does not have becomes its text.
+        variables: The variables that only its row has; what JSON does not have becomes text.
         command: What makes it again; empty where nothing can.
         error: Why it failed; empty where it did not.
         files: What it made, in order.
@@ -96,9 +98,11 @@ class Run:
 
 
 def _plain(value: Any) -> Any:
-    """Make of a value what JSON has; one that it does not have is shown, and its text does."""
-    if value is None or isinstance(value, (bool, int, str)):
+    """Make of a value what JSON and a browser have, else its text: it is only shown."""
+    if value is None or isinstance(value, (bool, str)):
         return value
+    if isinstance(value, int):
+        return value if abs(value) <= _EXACT else str(value)
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     if isinstance(value, Mapping):
@@ -108,14 +112,24 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
+def run_to_json(run: Run) -> dict[str, Any]:
+    """Make of a run what stands in a page; seeds as text, because a browser rounds high ones."""
+    data = asdict(run)
+    for batch in data["batches"]:
+        if batch["seed"] is not None:
+            batch["seed"] = str(batch["seed"])
+    return data
+
+
 def run_from_json(data: dict[str, Any]) -> Run:
     """Make a run of what stands in a page.
 
     Raises:
-        TypeError, KeyError: It is none.
+        TypeError, KeyError, ValueError: It is none.
     """
-    batches = [
-        Batch(**{**batch, "files": [File(**file) for file in batch["files"]]})
-        for batch in data["batches"]
-    ]
+    batches = []
+    for batch in data["batches"]:
+        seed = None if batch["seed"] is None else int(batch["seed"])
+        files = [File(**file) for file in batch["files"]]
+        batches.append(Batch(**{**batch, "seed": seed, "files": files}))
     return Run(**{**data, "batches": batches})

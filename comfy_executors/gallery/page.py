@@ -10,14 +10,13 @@ import re
 import urllib.parse
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import jinja2
 
 from comfy_executors.errors import OutputFileError
-from comfy_executors.gallery.model import Batch, File, Run, run_from_json
+from comfy_executors.gallery.model import Batch, File, Run, run_from_json, run_to_json
 
 FILE_NAME = "index.html"
 
@@ -103,7 +102,7 @@ def _render(runs: list[Run]) -> str:
     script = (_HERE / "script.js").read_text("utf-8")
     return environment.get_template("page.html.jinja").render(
         runs=runs,
-        data=[asdict(run) for run in runs],
+        data=[run_to_json(run) for run in runs],
         first_failed=next((run for run in runs if run.failures), None),
         failures=sum(len(run.failures) for run in runs),
         style=style,

@@ -262,6 +262,18 @@ def test_hostile_file_names_are_shown(browser: Chrome, tmp_path: Path) -> None:
     assert browser.find_elements(By.CSS_SELECTOR, "main b, dialog b") == []
 
 
+def test_high_numbers_are_not_rounded(browser: Chrome, tmp_path: Path) -> None:
+    high = 2**64 - 1
+    (tmp_path / "a.txt").write_text("a")
+    batch = Batch(0, seed=high, variables={"own": high}, files=[File("a.txt", "text", text="a")])
+    page = write_page(tmp_path, Run("1", "high", "now", variables={"all": -high}, batches=[batch]))
+    browser.get(page.as_uri())
+    browser.find_element(By.CSS_SELECTOR, ".tile").click()
+    facts = shown(browser)
+    assert [facts[name] for name in ("Seed", "own", "all")] == [str(high), str(high), f"-{high}"]
+    assert [batch.seed for run in read_page(tmp_path) for batch in run.batches] == [high]
+
+
 def test_videos_and_texts_have_their_place(browser: Chrome, cli: Cli) -> None:
     (cli.folder / "video.jinja").write_text(VIDEO, "utf-8")
     assert cli.within("run", "video.jinja", "--gallery", "--include-previews").returncode == 0
