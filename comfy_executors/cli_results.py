@@ -143,6 +143,8 @@ class Results:
     def records(self) -> Iterator[Record]:
         """Read what is there; a line that was broken off at the end is left out.
 
+        A last line that lacks but its end, as an editor leaves it, is whole.
+
         Raises:
             UsageError: A line is no result.
         """
@@ -150,12 +152,12 @@ class Results:
             return
         with self.path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n"):
-                    return
                 try:
                     record = json.loads(line)
                     record["id"], record["error"], record["images"], record["outputs"]
                 except (ValueError, TypeError, KeyError):
+                    if not line.endswith(b"\n"):
+                        return
                     raise UsageError(f"{self.path}, line {number}, is no result of a row") from None
                 yield record
 

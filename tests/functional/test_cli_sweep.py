@@ -259,6 +259,19 @@ def test_images_of_a_row_that_is_made_again_take_no_names_of_each_other(cli: Cli
     assert {path: Path(path).read_bytes() for path in before} == before
 
 
+def test_a_last_line_without_its_end_is_a_result(cli: Cli) -> None:
+    write_csv(cli, {"prompt": "a"}, {"prompt": "b"})
+    assert cli.within(*CSV, "--ordered").returncode == 0
+    results = cli.folder / "out" / "results.jsonl"
+    whole = results.read_text("utf-8")
+    results.write_text(whole.rstrip("\n"), "utf-8")  # as some editors leave it
+    write_csv(cli, {"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"})
+    assert cli.within(*CSV, "--resume").returncode == 0
+    assert results.read_text("utf-8").startswith(whole)
+    assert texts(cli) == {"a": 1, "b": 1, "c": 1}
+    assert [record["row"] for record in records(cli)] == [0, 1, 2]
+
+
 def test_equal_rows_are_rows_of_their_own(cli: Cli) -> None:
     write_csv(cli, *[{"prompt": "same"}] * 3)
     assert cli.within(*CSV).returncode == 0
