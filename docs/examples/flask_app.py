@@ -48,7 +48,8 @@ def create_app(server=None):
 
     @app.post("/stream")
     def stream():
-        run = submit(num_samples=min(request.form.get("number", 4, int), 16))
+        number = request.form.get("number", 4, int)
+        run = submit(num_samples=max(1, min(number, 16)))
         response = Response(lines_of(run), mimetype="application/x-ndjson")
         # Also when the client leaves: the server sees that at the next line.
         response.call_on_close(run.cancel)

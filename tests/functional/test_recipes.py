@@ -94,6 +94,12 @@ def test_flask_streams_images(flask_client: Any, server: DevServer) -> None:
     server.wait_for(lambda server: statuses(server) == ["success"] * 3)
 
 
+@pytest.mark.parametrize("number", ["0", "-3"])
+def test_flask_streams_at_least_one_image(flask_client: Any, number: str) -> None:
+    answer = flask_client.post("/stream", data={"prompt": "a fox", "number": number})
+    assert (answer.status_code, len(answer.data.splitlines())) == (200, 1)
+
+
 def test_flask_tells_errors_by_status(flask_client: Any, server: DevServer) -> None:
     server.faults.fail("GET", "/prompt", status=401)
     answer = flask_client.post("/image", data={"prompt": "a fox"})
