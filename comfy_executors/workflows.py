@@ -277,21 +277,30 @@ class WorkflowTemplate:
                 source=self.source,
             ) from error
         except jinja2.UndefinedError as error:
-            raise self._undefined_error(error) from error
+            raise self._undefined_error(error, variables) from error
         # Filters, and methods of values, raise what they like.
         except Exception as error:
             raise self._render_error(error) from error
 
-    def _undefined_error(self, error: jinja2.UndefinedError) -> TemplateError:
+    def _undefined_error(
+        self, error: jinja2.UndefinedError, variables: Mapping[str, Any]
+    ) -> TemplateError:
         match = re.fullmatch(r"'(\w+)' is undefined", str(error))
         if match and match[1] in self.variables:
             # It has a guard, but not everywhere.
             return self._variables_error([match[1]], [])
+        match = re.fullmatch(r"(?:list|tuple) object has no element (\d+)", str(error))
+        if match and f"input_images[{match[1]}]" in self.text and "input_images" in variables:
+            needed = int(match[1]) + 1
+            images = "an input image" if needed == 1 else f"{needed} input images"
+            return self._render_error(
+                error, f"the template takes input_images[{match[1]}]: give {images}"
+            )
         return self._render_error(error)
 
-    def _render_error(self, error: Exception) -> TemplateRenderError:
+    def _render_error(self, error: Exception, message: str | None = None) -> TemplateRenderError:
         ours = isinstance(error, jinja2.TemplateError)
-        message = str(error) if ours else f"{type(error).__name__}: {error}"
+        message = message or (str(error) if ours else f"{type(error).__name__}: {error}")
         line = self._program.line_of(error)
         return TemplateRenderError(
             message,

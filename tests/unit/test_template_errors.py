@@ -57,6 +57,19 @@ def test_the_caret_stands_under_the_column() -> None:
     )
 
 
+def test_too_few_input_images_are_counted() -> None:
+    template = WorkflowTemplate('{\n"a": "{{ input_images[0] }}", "b": "{{ input_images[1] }}"}')
+    with pytest.raises(TemplateRenderError) as caught:
+        template.render(input_images=["a.png"])
+    assert caught.value.message == "the template takes input_images[1]: give 2 input images"
+    assert caught.value.line == 2
+    with pytest.raises(TemplateRenderError, match=r"input_images\[0\]: give an input image\n"):
+        template.render(input_images=())
+    other = WorkflowTemplate('{"a": "{{ names[1] }}"}')
+    with pytest.raises(TemplateRenderError, match="list object has no element 1"):
+        other.render(names=["a"])
+
+
 def test_all_missing_variables_are_named_at_once() -> None:
     template = WorkflowTemplate("{{ prompt }}{{ width }}{{ style|default('') }}", source="w.json")
     with pytest.raises(TemplateVariablesError) as caught:
