@@ -67,9 +67,10 @@ _NEXT = """
 The images are in {folder}. They are placeholders: no model ran.
 
 Next, with your own ComfyUI:
-  1. Take a copy of this template, or export a workflow of yours with Workflow > Export (API) and
-     write {{{{ prompt }}}} and {{{{ batch_size }}}} where they belong:
+  1. Take a copy of this template:
        {template}
+     or export a workflow of yours with Workflow > Export (API), and make a template of it:
+       comfy-executors template export.json -o workflow.json.jinja
   2. comfy-executors check TEMPLATE --server localhost:{port} --var prompt='a fox'
   3. comfy-executors run TEMPLATE --server localhost:{port} --var prompt='a fox' --num-samples 4"""
 

@@ -413,6 +413,7 @@ def test_the_demo_makes_16_images_and_says_what_is_next(cli: Cli) -> None:
     done = cli("demo", "--output", "pictures")
     assert (done.returncode, len(done.stdout.splitlines())) == (0, 16)
     assert len({Path(path).read_bytes() for path in cli.saved("pictures")}) == 16
+    assert "comfy-executors template export.json -o workflow.json.jinja" in done.stderr
     assert "comfy-executors check TEMPLATE" in done.stderr
     assert str(DEMO) in done.stderr
 
