@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
 import re
 import urllib.parse
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -17,6 +18,11 @@ import jinja2
 
 from comfy_executors.errors import OutputFileError
 from comfy_executors.gallery.model import Batch, File, Run, run_from_json, run_to_json
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such lock
+    fcntl = None  # type: ignore[assignment]
 
 FILE_NAME = "index.html"
 
@@ -64,20 +70,62 @@ def write_page(folder: Path, run: Run) -> Path:
     Raises:
         OutputFileError: It cannot be read or written, or is no gallery.
     """
-    new = {file.path for batch in run.batches for file in batch.files}
-    others = [other for other in read_page(folder) if other.id != run.id]
-    runs = [run, *(other for other in others if _keep(other, lambda file: file.path not in new))]
     path = folder / FILE_NAME
-    temporary = folder / f".{FILE_NAME}-{uuid.uuid4().hex}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # What UTF-8 does not have, such as half a surrogate pair, is shown as what it is not.
-        temporary.write_text(_render(runs), "utf-8", "xmlcharrefreplace")
-        os.replace(temporary, path)
+        # Two runs that end at once would read the same page, and one of them be lost.
+        with _locked(folder / f".{FILE_NAME}.lock"):
+            _replace(path, _render(_with_run(read_page(folder), run)))
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise OutputFileError(f"cannot write {path}: {error.strerror}") from error
     return path
+
+
+def _with_run(there: list[Run], run: Run) -> list[Run]:
+    new = {file.path for batch in run.batches for file in batch.files}
+    others = [other for other in there if other.id != run.id]
+    return [run, *(other for other in others if _keep(other, lambda file: file.path not in new))]
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+    try:
+        # What UTF-8 does not have, such as half a surrogate pair, is shown as what it is not.
+        temporary.write_text(text, "utf-8", "xmlcharrefreplace")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock that other processes and threads wait for; its file is gone afterwards."""
+    if fcntl is None:
+        yield
+        return
+    while True:
+        file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+        try:
+            # Some network file systems have no locks.
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+            # Who held it has removed its file: another one is locked by now, or none.
+            if not _is_at(path, file):
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+        finally:
+            os.close(file)
+
+
+def _is_at(path: Path, file: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _keep(run: Run, wanted: Callable[[File], bool]) -> bool:

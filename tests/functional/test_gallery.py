@@ -8,8 +8,10 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from html.parser import HTMLParser
 from pathlib import Path
@@ -487,6 +489,21 @@ def test_variables_that_json_does_not_have_are_shown_as_text(tmp_path: Path) -> 
         {},
     ]
     assert [bool(batch["files"]) for batch in run["batches"]] == [True, False, False]
+
+
+def test_runs_that_end_at_once_all_have_their_place(tmp_path: Path) -> None:
+    ids = [str(number) for number in range(24)]
+    start = threading.Barrier(len(ids))
+
+    def write(run_id: str) -> None:
+        batch = Batch(0, error="boom")
+        start.wait(PATIENCE)
+        write_page(tmp_path, Run(run_id, run_id, "now", batches=[batch]))
+
+    with ThreadPoolExecutor(len(ids)) as threads:
+        list(threads.map(write, ids))
+    assert sorted(run.id for run in read_page(tmp_path)) == sorted(ids)
+    assert [path.name for path in tmp_path.iterdir()] == ["index.html"]
 
 
 def test_somebody_elses_page_is_not_lost(cli: Cli, tmp_path: Path) -> None:
