@@ -67,7 +67,8 @@ class RowsFile:
             with self.path.open(encoding="utf-8-sig", newline="") as file:
                 yield from self._csv_rows(file) if self._is_csv else self._json_rows(file)
         except UnicodeDecodeError:
-            raise UsageError(f"{self.path} is no UTF-8 text") from None
+            kind = "CSV UTF-8" if self._is_csv else "UTF-8"
+            raise UsageError(f"{self.path} is no UTF-8 text: save it as {kind}") from None
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             reason = getattr(error, "strerror", None) or error
             raise UsageError(f"cannot read {self.path}: {reason}") from error
@@ -96,9 +97,7 @@ class RowsFile:
         reader = csv.reader(file, delimiter=self._delimiter, strict=True)
         try:
             columns = next(reader, [])
-            twice = sorted({name for name in columns if columns.count(name) > 1})
-            if twice:
-                raise UsageError(f"{self.path} has two columns {', '.join(twice)}")
+            self._check_columns(columns)
             for cells in reader:
                 if not cells:
                     continue
@@ -109,6 +108,16 @@ class RowsFile:
                 yield _from_text(dict(zip(columns, cells)))
         except csv.Error as error:
             raise self._wrong(reader.line_num, str(error)) from error
+
+    def _check_columns(self, columns: list[str]) -> None:
+        if self._delimiter == "," and any(";" in name for name in columns):
+            raise self._wrong(1, "the columns are separated by ;: save it with commas")
+        if "" in columns:
+            number = columns.index("") + 1
+            raise self._wrong(1, f"column {number} has no name; is there a comma too many?")
+        twice = sorted({name for name in columns if columns.count(name) > 1})
+        if twice:
+            raise UsageError(f"{self.path} has two columns {', '.join(twice)}")
 
     def _json_rows(self, file: IO[str]) -> Iterator[Row]:
         for number, line in enumerate(file, 1):

@@ -278,9 +278,8 @@ class _SweepDelivery:
         if self._args.resume:
             again = f", {resumed.failed} of which failed before" if resumed.failed else ""
             left = self._rows - len(resumed.done)
-            self._display.note(
-                f"{len(resumed.done)} of {counted(self._rows, 'row')} are done; {left} to do{again}"
-            )
+            rows = f"{counted(self._rows, 'row')} {'is' if self._rows == 1 else 'are'}"
+            self._display.note(f"{len(resumed.done)} of {rows} done; {left} to do{again}")
         if resumed.gone:
             self._display.note(
                 f"warning: {counted(resumed.gone, 'result')} in {self._results.path} belong to "

@@ -176,7 +176,10 @@ def test_a_closed_pipe_ends_the_sweep_and_loses_nothing(cli: Cli) -> None:
         ("rows.jsonl", '{"prompt": "x"}\n{"prompt": \n', "rows.jsonl, line 2: no JSON"),
         ("rows.jsonl", "[1]\n", "rows.jsonl, line 1: a row is a JSON object, not list"),
         ("rows.jsonl", '{}\n{"promt": "x"}\n', "promt (did you mean prompt?)"),
-        ("rows.csv", "prompt\n\udcff\n", "rows.csv is no UTF-8 text"),
+        ("rows.csv", "prompt\n\udcff\n", "rows.csv is no UTF-8 text: save it as CSV UTF-8"),
+        ("rows.jsonl", '{"prompt": "\udcff"}', "rows.jsonl is no UTF-8 text: save it as UTF-8"),
+        ("rows.csv", "prompt;fail\nx;\n", "the columns are separated by ;: save it with commas"),
+        ("rows.csv", "prompt,\nx,\n", "rows.csv, line 1: column 2 has no name"),
     ],
 )
 def test_wrong_rows_are_told_before_anything_is_sent(
@@ -243,6 +246,10 @@ def test_resume_does_what_is_missing(cli: Cli) -> None:
     nothing = cli.within(*CSV, "--resume")
     assert (nothing.returncode, nothing.stdout) == (0, "")
     assert len(cli.server.prompts) == 13
+    write_csv(cli, {"prompt": "alone", "fail": "boom"})
+    assert cli.within(*CSV, "--output", "alone").returncode == 1
+    alone = cli.within(*CSV, "--output", "alone", "--resume")
+    assert "0 of 1 row is done; 1 to do, 1 of which failed before" in alone.stderr
 
 
 def test_images_of_a_row_that_is_made_again_take_no_names_of_each_other(cli: Cli) -> None:
