@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import difflib
 import json
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,9 @@ Row = dict[str, Any]
 
 _CSV_SUFFIXES = (".csv", ".tsv")
 _JSON_SUFFIXES = (".jsonl", ".ndjson")
+_NO = ("false", "no")
+# Where a variable is a switch: a whole value outside quotes, or all that an `if` asks for.
+_SWITCH = r'"\s*:\s*\{{\{{-?\s*{name}\s*(\||-?\}}\}})|\{{%-?\s*(el)?if\s+(not\s+)?{name}\s*-?%\}}'
 
 
 @dataclass
@@ -29,12 +33,14 @@ class RowsSummary:
         images: How many images they ask for.
         columns: All names in them.
         everywhere: The names that every row has.
+        denied: For each CSV column in which a cell says no, such a cell.
     """
 
     rows: int = 0
     images: int = 0
     columns: set[str] = field(default_factory=set)
     everywhere: set[str] = field(default_factory=set)
+    denied: dict[str, str] = field(default_factory=dict)
 
 
 class RowsFile:
@@ -87,6 +93,10 @@ class RowsFile:
             summary.everywhere = summary.everywhere & row.keys() if summary.rows else set(row)
             summary.columns |= row.keys()
             summary.rows += 1
+            if self._is_csv:
+                summary.denied.update(
+                    (name, cell) for name, cell in row.items() if str(cell).lower() in _NO
+                )
             number = row.get("num_samples", num_samples)
             summary.images += number if isinstance(number, int) and number > 0 else 0
         if not summary.rows:
@@ -186,6 +196,24 @@ def check_columns(
             f"{rows.path} does not have {', '.join(missing)}, which the template wants; "
             f"for all rows: {hint}"
         )
+
+
+def text_switches(summary: RowsSummary, template: WorkflowTemplate) -> list[str]:
+    """Warn of cells that say no where the template has a switch: as a text they count as true.
+
+    Args:
+        summary: What is in the rows.
+        template: The template.
+
+    Returns:
+        A warning for each such column.
+    """
+    return [
+        f"warning: {cell} in the column {name} is a text, which counts as true: JSON Lines have "
+        "true and false"
+        for name, cell in sorted(summary.denied.items())
+        if re.search(_SWITCH.format(name=re.escape(name)), template.text)
+    ]
 
 
 def _with_nearest(name: str, known: list[str]) -> str:

@@ -27,7 +27,7 @@ from comfy_executors.cli_delivery import (
 from comfy_executors.cli_gallery import RunGallery
 from comfy_executors.cli_progress import Display, make_display
 from comfy_executors.cli_results import Record, Results, Resumed, digest, row_ids
-from comfy_executors.cli_rows import RowsFile, check_columns
+from comfy_executors.cli_rows import RowsFile, check_columns, text_switches
 from comfy_executors.errors import (
     AuthenticationError,
     EndpointNotFoundError,
@@ -93,6 +93,8 @@ def run_sweep(
     with contextlib.closing(Results(folder, facts)) as results:
         resumed = _begin(results, rows, resume=args.resume)
         with make_display(summary.images, quiet=args.quiet, made=resumed.images) as display:
+            for warning in text_switches(summary, template):
+                display.note(warning)
             delivery = _SweepDelivery(args, display, results, folder, summary.rows, resumed)
             executor = make_executor(args)
             code = delivery.run(executor, template, rows, variables)

@@ -192,6 +192,28 @@ def test_wrong_rows_are_told_before_anything_is_sent(
     assert not (cli.folder / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("place", "warned"),
+    [
+        ('"tiling": {{ tiling | default(true) }}, "x": ""', True),
+        ('"tiling": {{tiling}}, "x": ""', True),
+        ('"x": "{% if tiling %}a{% endif %}"', True),
+        ('"x": "{% if not tiling %}a{% endif %}"', True),
+        ('"x": "{{ tiling }}"', False),
+        ('"x": "is it: {{ tiling }}"', False),
+        ('"x": "{% if tiling == \'no\' %}a{% endif %}"', False),
+    ],
+)
+def test_a_no_that_counts_as_true_is_warned_of(cli: Cli, place: str, warned: bool) -> None:
+    template = cli.folder / "bench.jinja"
+    template.write_text(template.read_text().replace('"steps": 4', f'"steps": 4, {place}'))
+    write_csv(cli, {"tiling": "True"}, {"tiling": "No"}, {"tiling": "yes"})
+    words = "warning: No in the column tiling is a text, which counts as true"
+    assert cli.within(*CSV).stderr.count(words) == warned
+    write_jsonl(cli, {"tiling": False}, {"tiling": "no"})
+    assert "warning" not in cli.within(*JSONL, "--output", "typed").stderr
+
+
 def test_wrong_options_are_told(cli: Cli) -> None:
     write_csv(cli, {"prompt": "x"})
     for arguments, words in (
