@@ -11,6 +11,8 @@ from comfy_executors.executors.queue_watch import QueueWatch
 
 _STUCK_SECONDS = 30.0
 _EXPLAIN_SECONDS = 15.0
+# Within which the backend must explain it; a little, where the budget leaves nothing.
+_ASK_SECONDS = (1.0, 3.0)
 
 
 class JobBudgets:
@@ -63,7 +65,8 @@ class JobBudgets:
         """Return the seconds until a queue that does not move is to be explained."""
         if not self.in_queue:
             return float("inf")
-        due = max(_STUCK_SECONDS, self._explained + _EXPLAIN_SECONDS)
+        stuck = min(_STUCK_SECONDS, self._queue_timeout / 2)
+        due = max(stuck, self._explained + _EXPLAIN_SECONDS)
         return max(0.0, due - self._seconds())
 
     def keep(self) -> None:
@@ -81,13 +84,14 @@ class JobBudgets:
             raise self._timeout(
                 f"ran longer than its execution timeout of {self._execution_timeout:g} s"
             )
-        words = self._watch.explain(self._control)
+        words = self._watch.words  # who waited long enough is not kept waiting for more
         raise self._timeout(
             f"waited {self._queue_timeout:g} s for a worker" + (f": {words}" * bool(words))
         )
 
     def _explain(self) -> None:
-        words = self._watch.explain(self._control)
+        least, most = _ASK_SECONDS
+        words = self._watch.explain(self._control, max(least, min(most, self.left())))
         if words:
             for number in self._results.unsettled[:1]:
                 self._results.tell("waiting", number, message=words)

@@ -6,9 +6,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
-from comfy_executors.clients.http import Waiter
-from comfy_executors.errors import ServerError
+from comfy_executors.clients.http import DeadlineWaiter, Waiter
+from comfy_executors.errors import ServerError, WaitTimeoutError
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +33,24 @@ class QueueWatch:
         self._asked = -_FRESH_SECONDS
         self._words = ""
 
-    def explain(self, waiter: Waiter) -> str:
+    @property
+    def words(self) -> str:
+        """What was last known, or empty; nobody is asked."""
+        with self._lock:
+            return self._words
+
+    def explain(self, waiter: Waiter, seconds: float) -> str:
         """Return a sentence on the backend's workers, not older than 15 seconds.
 
-        It is empty until somebody got an answer. Raises what the waiter does.
+        It is empty until somebody got an answer.
+
+        Args:
+            waiter: Ends the call when the job is cancelled, or its deadline passes.
+            seconds: How long the backend may take for it, all repetitions together: the job
+                is not looked after meanwhile.
+
+        Raises:
+            WorkflowCancelledError, WorkflowTimeoutError: As the waiter says.
         """
         with self._lock:
             now = time.monotonic()
@@ -43,10 +58,27 @@ class QueueWatch:
                 return self._words
             self._asked = now  # one asks, the others go on with what is known
         try:
-            words = self._ask(waiter)
-        except ServerError as error:
+            words = self._ask(_BriefWaiter(waiter, seconds))
+        except (ServerError, WaitTimeoutError) as error:
             logger.debug("the state of the queue is not known: %s", error)
-            return self._words
+            return self.words
         with self._lock:
             self._words = words
         return words
+
+
+class _BriefWaiter(DeadlineWaiter):
+    """A waiter for so many seconds, which another one may end before."""
+
+    def __init__(self, waiter: Waiter, seconds: float) -> None:
+        super().__init__(seconds)
+        self._waiter = waiter
+
+    def sleep(self, seconds: float) -> None:
+        self._waiter.sleep(self.limit(seconds))
+
+    def limit(self, seconds: float) -> float:
+        return super().limit(self._waiter.limit(seconds))
+
+    def interrupting(self, interrupt: Callable[[], None]) -> AbstractContextManager[None]:
+        return self._waiter.interrupting(interrupt)

@@ -449,6 +449,17 @@ def test_a_queue_that_does_not_move_is_explained(
     assert stub.calls["health"] == 1
 
 
+def test_a_queue_that_nobody_can_explain_is_waited_for_no_longer(
+    make: Make, stub: RunPodStub
+) -> None:
+    stub.faults.stuck_queue = "throttled"
+    stub.faults.fail("GET", "/health", status=503, times=None)
+    run = make(queue_timeout=2).submit_workflow(bench())
+    with pytest.raises(JobTimeoutError, match=r"waited 2 s for a worker$"):
+        run.result(PATIENCE)  # which is half of what an outage of `/health` is borne elsewhere
+    assert stub.calls["health"]
+
+
 def test_the_platforms_timeout(make: Make, stub: RunPodStub, server: DevServer) -> None:
     run = make().submit_workflow(bench(ENDLESS, steps=1000), num_samples=2)
     server.wait_for(lambda s: statuses(s)["running"] == 1, PATIENCE)

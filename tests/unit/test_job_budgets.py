@@ -37,10 +37,17 @@ class Told:
 
 
 class Watch:
-    """Knows why the queue does not move."""
+    """Knows why the queue does not move, once it was asked."""
 
-    def explain(self, waiter: Any) -> str:
-        return "no GPU"
+    words = ""
+
+    def __init__(self) -> None:
+        self.given: list[float] = []
+
+    def explain(self, waiter: Any, seconds: float) -> str:
+        self.given.append(seconds)
+        self.words = "no GPU"
+        return self.words
 
 
 @pytest.fixture
@@ -55,8 +62,8 @@ def told(time: Time) -> Told:
     return Told(time)
 
 
-def budgets_of(told: Any, **limits: float) -> JobBudgets:
-    watch: Any = Watch()
+def budgets_of(told: Any, watch: Any = None, **limits: float) -> JobBudgets:
+    watch = watch or Watch()
     control: Any = None
     return JobBudgets(control, told, watch, "https://x", **limits)
 
@@ -95,3 +102,27 @@ def test_a_budget_that_is_used_up(time: Time, told: Told, in_queue: bool) -> Non
     with pytest.raises(JobTimeoutError, match=words) as caught:
         budgets.keep()
     assert (caught.value.started, caught.value.job_id) == (not in_queue, "job-7")
+
+
+def test_an_explanation_gets_no_more_time_than_the_budget_leaves(time: Time, told: Told) -> None:
+    watch = Watch()
+    budgets = budgets_of(told, watch, queue_timeout=46, execution_timeout=20)
+    for passed in (10, 13, 7, 14):
+        time.now += passed
+        budgets.keep()
+    assert watch.given == [3, 2]  # after 23 seconds, half of it, and after 44
+    time.now += 2
+    with pytest.raises(JobTimeoutError, match="46 s for a worker: no GPU"):
+        budgets.keep()
+    assert watch.given == [3, 2]  # at the timeout nobody is asked any more
+
+
+def test_a_queue_that_nobody_asked_about_is_asked_about_for_a_second(
+    time: Time, told: Told
+) -> None:
+    watch = Watch()
+    budgets = budgets_of(told, watch, queue_timeout=5, execution_timeout=20)
+    time.now += 5
+    with pytest.raises(JobTimeoutError, match="5 s for a worker: no GPU"):
+        budgets.keep()
+    assert watch.given == [1]

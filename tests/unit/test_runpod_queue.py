@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from comfy_executors.clients.http import DeadlineWaiter
+from comfy_executors.clients.http import DeadlineWaiter, Waiter
 from comfy_executors.clients.runpod_answers import JobCounts, RunPodHealth, WorkerCounts
-from comfy_executors.errors import ServerResponseError
+from comfy_executors.errors import ServerResponseError, WorkflowCancelledError
 from comfy_executors.executors import queue_watch
 from comfy_executors.executors.queue_watch import QueueWatch
 from comfy_executors.executors.runpod_queue import describe
@@ -80,11 +80,11 @@ def test_the_endpoint_is_asked_every_fifteen_seconds_for_all_jobs(
     client = Client(health(throttled=1), health(initializing=1))
     told = watch(client)
     waiter = DeadlineWaiter(60.0)
-    first = [told.explain(waiter) for _ in range(3)]
+    first = [told.explain(waiter, 3.0) for _ in range(3)]
     assert len(set(first)) == 1
     assert "throttled" in first[0]
     time.now += 15.0
-    assert "starting" in told.explain(waiter)
+    assert "starting" in told.explain(waiter, 3.0)
     assert client.answers == []
 
 
@@ -93,6 +93,33 @@ def test_an_endpoint_that_does_not_answer_is_no_error(monkeypatch: pytest.Monkey
     monkeypatch.setattr(queue_watch, "time", time)
     client = Client(health(throttled=1), ServerResponseError("no", "x", 502))
     told = watch(client)
-    known = told.explain(DeadlineWaiter(60.0))
+    known = told.explain(DeadlineWaiter(60.0), 3.0)
     time.now += 15.0
-    assert told.explain(DeadlineWaiter(60.0)) == known != ""
+    assert told.explain(DeadlineWaiter(60.0), 3.0) == known != ""
+    assert told.words == known
+
+
+def test_an_endpoint_that_does_not_answer_is_not_waited_for_long() -> None:
+    limits = []
+
+    def ask(waiter: Waiter) -> str:
+        limits.append(waiter.limit(60.0))
+        waiter.sleep(60.0)
+        waiter.limit(60.0)
+        raise AssertionError("the time is up")
+
+    assert QueueWatch(ask).explain(DeadlineWaiter(60.0), 0.1) == ""
+    assert limits[0] <= 0.1
+
+
+def test_a_cancelled_job_does_not_wait_for_an_explanation() -> None:
+    def ask(waiter: Waiter) -> str:
+        waiter.limit(1.0)
+        raise AssertionError("it was cancelled")
+
+    class Cancelled(DeadlineWaiter):
+        def limit(self, seconds: float) -> float:
+            raise WorkflowCancelledError("the run was cancelled")
+
+    with pytest.raises(WorkflowCancelledError):
+        QueueWatch(ask).explain(Cancelled(60.0), 3.0)
