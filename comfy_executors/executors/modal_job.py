@@ -73,15 +73,10 @@ class ModalJobRun:
         self._poller = poller
         self._control = control
         self._batches = batches
+        self._limits = limits
+        self._watch = watch
         self._results = JobResults(control, batches, client.url, self._fetch, output_dir)
-        self._budgets = JobBudgets(
-            control,
-            self._results,
-            watch,
-            client.url,
-            queue_timeout=limits.queue_timeout,
-            execution_timeout=limits.execution_timeout,
-        )
+        self._budgets = self._new_budgets()
         self._request_id: str | None = None  # while a job may run that has no id yet
         self._end: ModalJob | None = None
 
@@ -101,7 +96,7 @@ class ModalJobRun:
             if not error.maybe_received:
                 self._request_id = None
             raise
-        self._results.job_id = job.id
+        self.attach(job.id)
         logger.info("job %s on %s has batches %s", job.id, self._client.url, [*self._batches])
         for number in self._batches:
             self._results.tell("queued", number)
@@ -125,8 +120,19 @@ class ModalJobRun:
             self._inputs.do(digest, self._control, put)
 
     def attach(self, job_id: str) -> None:
-        """Take up a job that was submitted before."""
+        """Take up a job that was submitted before; its budgets count from here."""
         self._results.job_id = job_id
+        self._budgets = self._new_budgets()
+
+    def _new_budgets(self) -> JobBudgets:
+        return JobBudgets(
+            self._control,
+            self._results,
+            self._watch,
+            self._client.url,
+            queue_timeout=self._limits.queue_timeout,
+            execution_timeout=self._limits.execution_timeout,
+        )
 
     def cancel(self) -> None:
         """Cancel the job unless it has ended, and wait until the app says that it has.

@@ -321,6 +321,13 @@ def test_a_queue_that_does_not_move_is_explained(
     assert prompts.statuses["success"] == 0  # the one that waited never ran
 
 
+def test_what_comes_before_the_queue_is_not_counted_as_waiting(make: Make, edge: ModalEdge) -> None:
+    """Such as the start of the app's web container, and the upload of input images."""
+    edge.faults.delay("POST", "/v1/jobs", 2.0)
+    delivered(make(queue_timeout=1.5).submit_workflow(bench(), num_samples=2), 2)
+    assert edge.calls["submit"] == 1
+
+
 def test_a_job_that_runs_too_long(make: Make, prompts: Prompts) -> None:
     run = make(execution_timeout=0.5).submit_workflow(bench(ENDLESS, steps=1000), num_samples=2)
     with pytest.raises(JobTimeoutError, match=r"execution timeout of 0\.5 s") as caught:
