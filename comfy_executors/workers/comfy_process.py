@@ -43,6 +43,9 @@ class ComfyProcess:
     Args:
         command: What starts it.
         directory: Where; None takes the present one.
+
+    Attributes:
+        starts: How often it was started.
     """
 
     def __init__(self, command: Sequence[str], directory: Path | None = None) -> None:
@@ -50,6 +53,13 @@ class ComfyProcess:
         self._directory = directory
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self.starts = 0
+
+    @property
+    def exit_code(self) -> int | None:
+        """With what it ended, or None while it runs."""
+        with self._lock:
+            return None if self._process is None else self._process.poll()
 
     def ensure_running(self) -> None:
         """Start it unless it runs; it takes a while until it answers.
@@ -64,6 +74,7 @@ class ComfyProcess:
                 logger.error("ComfyUI ended with %s and is started again", self._process.returncode)
             # What it writes goes to the log of the container.
             self._process = subprocess.Popen(self._command, cwd=self._directory)  # noqa: S603
+            self.starts += 1
 
     def close(self) -> None:
         """End it; it is gone when this returns."""

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
@@ -42,6 +42,7 @@ from comfy_executors.wire import (
     encode_event,
     split,
 )
+from comfy_executors.workers.comfy_process import ComfyProcess
 from comfy_executors.workers.downloads import InputDownloader
 from comfy_executors.workers.inbox import Inbox
 from comfy_executors.workers.ledger import Ledger, MadeBatch, MadeOutput, fingerprint
@@ -55,7 +56,8 @@ WORKER = "comfy-executors"
 # One runs and one waits in ComfyUI's queue; twice as many are being fetched or handed out.
 _QUEUED = 2
 _IN_FLIGHT = 2 * _QUEUED
-_READY_SLICE = 1.0  # seconds of waiting for ComfyUI between two looks at a cancellation
+# Seconds of waiting for ComfyUI between two looks at a cancellation, and at its process.
+_READY_SLICE = 1.0
 _CANCEL_SECONDS = 20.0
 
 
@@ -80,6 +82,7 @@ class Engine:
         downloader: What fetches input images that are given as URLs.
         comfy_org_api_key: The key of comfy.org that nodes are handed which call paid services,
             where a job does not bring its own.
+        process: ComfyUI's process, where it is ours: one that has ended is not waited for.
     """
 
     def __init__(
@@ -91,11 +94,15 @@ class Engine:
         outage_timeout: float = 30.0,
         downloader: InputDownloader | None = None,
         comfy_org_api_key: str | None = None,
+        process: ComfyProcess | None = None,
     ) -> None:
         self.executor = GraphExecutor(address, max_workers=_QUEUED, outage_timeout=outage_timeout)
         self.http = HttpClient(self.executor.url, outage_timeout=outage_timeout)
         self.storage = storage
-        self.ready_timeout = ready_timeout
+        self._ready_timeout = ready_timeout
+        self._outage_timeout = outage_timeout
+        self._process = process
+        self._answered = 0  # which of its starts has answered
         self.downloader = downloader or InputDownloader()
         self.ledger = Ledger()
         self._comfy_org_api_key = comfy_org_api_key
@@ -115,6 +122,36 @@ class Engine:
             files: Where its outputs go and its input images may lie, if the app has such a place.
         """
         return Execution(self, document, comfy_org_api_key or self._comfy_org_api_key, files)
+
+    def wait_until_ready(self, limit: Callable[[float], float] = float) -> None:
+        """Wait until ComfyUI answers: a while where it starts, less where it has answered before.
+
+        Args:
+            limit: Shortens a time limit, in seconds, or raises what ends the wait.
+
+        Raises:
+            ServerNotReadyError: It did not answer in time, or has ended.
+            AuthenticationError: It answers 401 or 403.
+        """
+        start = 1 if self._process is None else self._process.starts
+        timeout = self._ready_timeout
+        if start == self._answered:
+            timeout = min(timeout, self._outage_timeout)
+        deadline = time.monotonic() + timeout
+        while True:
+            left = limit(deadline - time.monotonic())
+            try:
+                self.executor.wait_until_ready(max(0.01, min(_READY_SLICE, left)))
+            except ServerNotReadyError as error:
+                code = None if self._process is None else self._process.exit_code
+                if code is None and left > _READY_SLICE:
+                    continue
+                words = f"was not ready within {timeout:g} s"
+                if code is not None:
+                    words = f"ended with exit code {code}: look at its log"
+                raise ServerNotReadyError(f"ComfyUI {words}", self.executor.url) from error
+            self._answered = start
+            return
 
     def close(self) -> None:
         """Cancel what runs and end all threads."""
@@ -216,7 +253,7 @@ class Execution:
                 graphs=len(self._document.graphs),
             )
             try:
-                self._wait_until_ready()
+                self._engine.wait_until_ready(self._waiter.limit)
                 self._upload()
                 yield from self._run_batches()
             except WorkflowCancelledError:
@@ -253,20 +290,6 @@ class Execution:
         return self._event(Failed, batch=batch, error=error)
 
     # Before the batches.
-
-    def _wait_until_ready(self) -> None:
-        deadline = time.monotonic() + self._engine.ready_timeout
-        while True:
-            left = self._waiter.limit(deadline - time.monotonic())
-            try:
-                self._engine.executor.wait_until_ready(max(0.01, min(_READY_SLICE, left)))
-                return
-            except ServerNotReadyError as error:
-                if left <= _READY_SLICE:
-                    raise ServerNotReadyError(
-                        f"ComfyUI was not ready within {self._engine.ready_timeout:g} s",
-                        self._engine.executor.url,
-                    ) from error
 
     def _upload(self) -> None:
         # In every job: it costs nothing on one machine, and no other file can be in the way.

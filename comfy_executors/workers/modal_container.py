@@ -25,7 +25,7 @@ class GpuContainer:
         timeout: Seconds after which Modal ends a job; one tells of itself a little before.
 
     Raises:
-        RuntimeError: ComfyUI did not start.
+        RuntimeError: ComfyUI did not start, or ended while it did.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class GpuContainer:
         timeout: float,
     ) -> None:
         self._comfyui = comfyui
-        engine = Engine(address, ready_timeout=startup_timeout)
+        engine = Engine(address, ready_timeout=startup_timeout, process=comfyui)
         self._runner = JobRunner(
             engine,
             time_limit=max(timeout - _GRACE_SECONDS, timeout / 2),
@@ -46,7 +46,7 @@ class GpuContainer:
         try:
             if comfyui is not None:
                 comfyui.ensure_running()
-            engine.executor.wait_until_ready(startup_timeout)
+            engine.wait_until_ready()
         except (ServerError, OSError) as error:
             self.close()
             # Of another kind: who asks for a job takes a TimeoutError for one that goes on.

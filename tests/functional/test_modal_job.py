@@ -27,6 +27,7 @@ from comfy_executors.testing import ModalEdge
 from comfy_executors.workers.comfy_process import ComfyProcess, write_model_paths
 from comfy_executors.workers.engine import Engine
 from comfy_executors.workers.job_records import Envelope, call_key, progress_key
+from comfy_executors.workers.modal_container import GpuContainer
 from comfy_executors.workers.modal_job import JobRunner
 
 
@@ -335,6 +336,30 @@ def test_a_comfyui_that_has_died_is_started_again() -> None:
     assert (second.pid != first.pid, second.poll()) == (True, None)
     process.close()
     assert second.returncode is not None
+    process.close()
+
+
+def test_a_comfyui_that_dies_at_its_start_is_not_waited_for(server: DevServer) -> None:
+    server.faults.refuse_connections = True
+    process = ComfyProcess([sys.executable, "-c", "raise SystemExit(3)"])
+    with pytest.raises(RuntimeError, match="did not start: ComfyUI ended with exit code 3"):
+        GpuContainer(server.address, process, startup_timeout=PATIENCE, timeout=PATIENCE)
+
+
+def test_a_comfyui_that_starts_again_gets_the_time_of_a_start(server: DevServer) -> None:
+    process = ComfyProcess([sys.executable, "-c", "import time; time.sleep(600)"])
+    process.ensure_running()
+    with Engine(server.address, ready_timeout=1.5, outage_timeout=0.5, process=process) as engine:
+        engine.wait_until_ready()
+        server.faults.refuse_connections = True
+        with pytest.raises(ServerNotReadyError, match=r"within 0\.5 s"):
+            engine.wait_until_ready()
+        assert process._process is not None
+        process._process.kill()
+        process._process.wait()
+        process.ensure_running()
+        with pytest.raises(ServerNotReadyError, match=r"within 1\.5 s"):
+            engine.wait_until_ready()
     process.close()
 
 

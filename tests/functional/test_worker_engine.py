@@ -313,6 +313,17 @@ def test_a_comfyui_that_comes_late_is_waited_for(server: DevServer, engine: Engi
         assert len(answer.result(PATIENCE).batches) == 1
 
 
+def test_a_comfyui_that_has_answered_is_waited_for_as_in_an_outage(server: DevServer) -> None:
+    with Engine(server.url, ready_timeout=PATIENCE, outage_timeout=0.5) as engine:
+        assert len(run(engine, bench_document(1)).batches) == 1
+        server.faults.refuse_connections = True
+        server.drop_websockets()
+        execution = engine.start(bench_document(1))
+        answer = put_together(execution, bench_document(1))
+    assert "not ready within 0.5 s" in str(answer.failures[None])
+    assert execution.sick
+
+
 def test_a_comfyui_that_dies_makes_the_worker_sick(server: DevServer) -> None:
     with Engine(server.url, outage_timeout=0.5) as engine:
         job = bench_document(8, 0.4)
