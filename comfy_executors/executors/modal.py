@@ -44,6 +44,9 @@ from comfy_executors.runs import (
 )
 
 _ROOM_BYTES = MAX_DOCUMENT_BYTES * 9 // 10  # graphs differ a little in size
+# Modal's queue takes 5,000 pieces of news of a job, of which a batch makes two and more; after
+# those, images would come only when the job has ended.
+_MOST_BATCHES = 1000
 
 
 class ModalWorkflowExecutor(ServerlessWorkflowExecutor):
@@ -57,7 +60,8 @@ class ModalWorkflowExecutor(ServerlessWorkflowExecutor):
         batch_size: How many images one execution of the graph makes, for templates that say
             `batch_size`.
         batches_per_job: How many batches a job takes; None puts the whole run into one, which is
-            one GPU container's work. A number spreads a run over jobs, and so over containers.
+            one GPU container's work. A number spreads a run over jobs, and so over containers. A
+            job takes 1,000 batches at the most; longer runs are divided.
         max_workers: How many jobs are kept at Modal at once.
         cold_start_timeout: Seconds within which the app must answer each call, the start of its
             web container included.
@@ -165,7 +169,8 @@ class ModalWorkflowExecutor(ServerlessWorkflowExecutor):
         return images
 
     def _fitting(self, first: Batch, job: Job) -> int:
-        return _ROOM_BYTES // (len(json.dumps(job_graph(first).graph)) + 200)
+        size = len(json.dumps(job_graph(first).graph)) + 200
+        return min(_MOST_BATCHES, _ROOM_BYTES // size)
 
     def _submit_and_follow(
         self, job: Job, control: JobControl

@@ -141,6 +141,20 @@ def test_batches_per_job_divides_a_run(make: Make, edge: ModalEdge, prompts: Pro
     assert prompts.statuses == {"success": 10}
 
 
+def test_a_long_run_is_divided_into_jobs_whose_news_fit_into_modals_queue(
+    make: Make, edge: ModalEdge, prompts: Prompts
+) -> None:
+    heard = Hearing()
+    graph = bench(ENDLESS, steps=1000)
+    run = make().submit_workflow(graph, num_samples=2100, on_progress=heard)
+    heard.wait("queued", 2100)
+    jobs = {event.job_id for event in heard.of("queued")}
+    run.cancel()
+    sizes = [len(client_of(edge).job(job_id, waiter()).batches) for job_id in jobs]
+    assert sorted(sizes) == [100, 1000, 1000]
+    prompts.idle()
+
+
 def test_images_arrive_while_the_job_runs(make: Make, edge: ModalEdge, prompts: Prompts) -> None:
     run = make().submit_workflow(bench(0.3), num_samples=5)
     assert next(run).data.startswith(PNG)
