@@ -23,11 +23,11 @@ from comfy_executors.clients.runpod_answers import (
     RunPodStream,
 )
 from comfy_executors.errors import (
+    ComfyExecutorsError,
+    PromptLostError,
     ServerError,
     SubmitUncertainError,
     WaitTimeoutError,
-    WorkflowCancelledError,
-    WorkflowTimeoutError,
 )
 from comfy_executors.executors.control import JobControl
 from comfy_executors.executors.job_budgets import JobBudgets
@@ -159,8 +159,10 @@ class RunPodJobRun:
             finally:
                 self._results.discard()
         except BaseException as error:
-            if isinstance(error, (WorkflowCancelledError, WorkflowTimeoutError)):
-                self._control.give_up(error)
+            if isinstance(error, ComfyExecutorsError) and not isinstance(error, PromptLostError):
+                self._control.give_up(
+                    error
+                )  # nobody waits until RunPod has answered the cancelling
             self.cancel()
             raise
 

@@ -460,6 +460,20 @@ def test_a_queue_that_nobody_can_explain_is_waited_for_no_longer(
     assert stub.calls["health"]
 
 
+def test_a_queue_timeout_is_heard_of_before_the_cancelling_is_answered(
+    make: Make, stub: RunPodStub
+) -> None:
+    stub.faults.stuck_queue = "throttled"
+    stub.faults.delay("POST", "/cancel/*", 3.0)
+    executor = make(queue_timeout=1)
+    run = executor.submit_workflow(bench())
+    with pytest.raises(JobTimeoutError, match="waited 1 s"):
+        run.result(PATIENCE)
+    assert [job.status for job in stub.jobs] == ["IN_QUEUE"]
+    executor.close()
+    assert [job.status for job in stub.jobs] == ["CANCELLED"]
+
+
 def test_the_platforms_timeout(make: Make, stub: RunPodStub, server: DevServer) -> None:
     run = make().submit_workflow(bench(ENDLESS, steps=1000), num_samples=2)
     server.wait_for(lambda s: statuses(s)["running"] == 1, PATIENCE)
