@@ -283,7 +283,7 @@ class ComfyUIClient:
         try:
             return answer.json()
         except (ValueError, RecursionError):  # the latter for brackets nested a thousand deep
-            text = answer.content[:200].decode("utf-8", "replace")
+            text = self.http.without_keys(answer).content[:200].decode("utf-8", "replace")
             what = "an HTML page" if "<" in text else repr(" ".join(text.split())[:80])
             raise self._not_comfyui(path, what) from None
 
@@ -293,7 +293,7 @@ class ComfyUIClient:
         try:
             yield
         except (KeyError, IndexError, TypeError, ValueError, AttributeError):
-            text = answer.content[:200].decode("utf-8", "replace")
+            text = self.http.without_keys(answer).content[:200].decode("utf-8", "replace")
             raise self._not_comfyui(path, text) from None
 
     def _not_comfyui(self, path: str, what: str) -> ServerResponseError:

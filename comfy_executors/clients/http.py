@@ -43,6 +43,7 @@ Auth = Union[tuple[str, str], AuthBase]
 CONNECT_SECONDS = 10.0
 READ_SECONDS = 30.0  # a ComfyUI server that loads a model can be silent for tens of seconds
 _CHUNK_BYTES = 1 << 20
+_LEAST_SECRET = 4  # what is shorter is no key, and stands in any text
 _PLAIN_PATH = re.compile(r"(/[A-Za-z0-9_~-]*)+")  # that nothing has to be quoted in
 _FIRST_WAIT = 0.1
 _LONGEST_WAIT = 5.0
@@ -238,6 +239,24 @@ class HttpClient:
     def sent_headers(self) -> dict[str, str]:
         """Return the headers that a call sends, those of `auth` included, for the websocket."""
         request = self._session.prepare_request(requests.Request("GET", self.base_url))
+        return self._own_headers(request)
+
+    def without_keys(self, answer: Answer) -> Answer:
+        """Take what was sent as a header, or as a password, out of an answer that is to be shown.
+
+        A proxy, or a server that debugs, may answer with the request.
+        """
+        secrets = [*self._own_headers(self._plain).values()]
+        if isinstance(self._auth, HTTPBasicAuth):
+            secrets.append(cast(bytes, self._auth.password).decode())
+        content = answer.content
+        # A key may be shown without the scheme before it, as in `Bearer KEY`.
+        for secret in (*secrets, *(text.rpartition(" ")[2] for text in secrets)):
+            if len(secret) >= _LEAST_SECRET:
+                content = content.replace(secret.encode(), b"...")
+        return answer._replace(content=content)
+
+    def _own_headers(self, request: requests.PreparedRequest) -> dict[str, str]:
         # What requests itself sends with each call; a name that the caller set is the caller's.
         foreign = {name.lower() for name in requests.utils.default_headers()}
         foreign -= {name.lower() for name in self._headers}
@@ -467,7 +486,7 @@ class HttpClient:
             )
         hint = "; check the address and its path" if status == 404 else ""
         return ServerResponseError(
-            f"{server} answers {what} with {status}: {_excerpt(answer)}{hint}",
+            f"{server} answers {what} with {status}: {_excerpt(self.without_keys(answer))}{hint}",
             server,
             status,
             transient=status in _TRANSIENT,

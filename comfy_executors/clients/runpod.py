@@ -28,6 +28,7 @@ from comfy_executors.clients.runpod_answers import (
     parse_removed,
     parse_status,
     parse_stream,
+    said,
 )
 from comfy_executors.clients.runpod_chunks import ChunkFile
 from comfy_executors.clients.runpod_http import RunPodHttp, words_of
@@ -324,13 +325,15 @@ class RunPodClient:
         try:
             body = answer.json()
         except ValueError as error:
-            raise self._unreadable(answer, path, words_of(answer)) from error
+            words = words_of(self._http.without_keys(answer))
+            raise self._unreadable(answer, path, words) from error
         try:
             return parse(body)
         except ValueError as error:
+            words = words_of(self._http.without_keys(answer)) if said(body) else str(error)
             raise ServerResponseError(
-                f"{self.url} answers {path} with {answer.status}: {error}", self.url, answer.status
-            ) from error
+                f"{self.url} answers {path} with {answer.status}: {words}", self.url, answer.status
+            ) from None  # whose words may show the key
 
     def _unreadable(self, answer: Answer, path: str, words: str) -> ServerResponseError:
         # A page of something in between, such as a proxy; it may be gone soon.

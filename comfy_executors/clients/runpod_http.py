@@ -71,7 +71,8 @@ class RunPodHttp(HttpClient):
         if 300 <= answer.status < 400:
             return error
         return ServerResponseError(
-            f"{self.base_url} answers {what} with {answer.status}: {words_of(answer)}",
+            f"{self.base_url} answers {what} with {answer.status}: "
+            f"{words_of(self.without_keys(answer))}",
             self.base_url,
             answer.status,
             transient=error.transient,

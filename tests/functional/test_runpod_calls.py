@@ -31,6 +31,7 @@ from comfy_executors.errors import (
     JobLostError,
     OutputFileError,
     PayloadTooLargeError,
+    ServerError,
     ServerResponseError,
     ServerUnreachableError,
     SubmitUncertainError,
@@ -464,6 +465,19 @@ def test_a_wrong_key_is_named_and_not_shown(stub: RunPodStub) -> None:
         client.health(waiter())
     assert "rpa_WRONG" not in "".join(traceback.format_exception(None, error.value, None))
     assert stub.calls["health"] == 1
+
+
+@pytest.mark.parametrize("status", [200, 400])
+@pytest.mark.parametrize("body", ["{}", '{{"error": "{}"}}', '{{"id": "{}"'])
+def test_a_key_that_an_answer_echoes_is_not_shown(
+    stub: RunPodStub, client: RunPodClient, status: int, body: str
+) -> None:
+    text = body.format(f"you sent Bearer {stub.api_key}")
+    stub.faults.fail("POST", "/run", status=status, body=text, headers=JSON, times=None)
+    with pytest.raises((ServerError, SubmitUncertainError)) as error:
+        submit(client)
+    assert stub.api_key not in "".join(traceback.format_exception(error.type, error.value, None))
+    assert "you sent ..." in str(error.value)
 
 
 def test_the_key_does_not_follow_a_redirect(stub: RunPodStub, client: RunPodClient) -> None:

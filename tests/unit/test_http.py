@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -172,6 +173,33 @@ def test_a_401_says_whether_there_was_a_key() -> None:
     assert isinstance(error, AuthenticationError)
     assert str(error) == f"{URL} answers GET /x with 401: is the key right?"
     assert str(refusal(401)).endswith("with 401: pass headers= or auth=")
+
+
+@pytest.mark.parametrize(
+    ("options", "secrets"),
+    [
+        ({"headers": {"X-Key": "k3y-of-ours"}}, ["k3y-of-ours"]),
+        ({"headers": {"Authorization": "Bearer k3y-of-ours"}}, ["k3y-of-ours"]),
+        ({"auth": ("user", "pa55w0rd")}, ["pa55w0rd", "dXNlcjpwYTU1dzByZA=="]),
+    ],
+)
+def test_an_answer_that_echoes_the_request_does_not_show_its_key(
+    options: Mapping[str, Any], secrets: Sequence[str]
+) -> None:
+    client = HttpClient(URL, **options)
+    # Over the place where the excerpt is cut, too.
+    for padding in ("", "x" * 190):
+        body = padding + " ".join(["you sent", *client.sent_headers().values(), *secrets])
+        error = client._refusal("GET /x", Answer(502, {}, body.encode()))
+        assert all(secret[:5] not in str(error) for secret in secrets)
+        assert "..." in str(error) or padding
+    client.close()
+
+
+def test_a_short_header_does_not_spoil_what_is_shown() -> None:
+    client = HttpClient(URL, headers={"X-Mode": "1"})
+    assert str(client._refusal("GET /x", Answer(500, {}, b"1 of 11"))).endswith("1 of 11")
+    client.close()
 
 
 def test_what_is_not_transient_is_called_once() -> None:
