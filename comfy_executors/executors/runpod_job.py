@@ -218,6 +218,8 @@ class RunPodJobRun:
     def _read_result(self) -> Iterator[Settled]:
         """Look into the final result for what the stream did not bring."""
         while not (status := self._ask()).is_terminal:
+            self._budgets.see(status.status == IN_QUEUE)
+            self._budgets.keep()
             self._pace.rest(self._control)
         self.status = status
         self._ended = True

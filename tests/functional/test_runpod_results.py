@@ -281,6 +281,21 @@ def test_a_job_that_outlasts_its_execution_timeout_is_cancelled(
     assert [job.status for job in bare.jobs] == ["CANCELLED"]
 
 
+def test_a_job_whose_stream_alone_has_ended_is_not_followed_for_ever(
+    bare: RunPodStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runpod_job, "_OVERTIME_SECONDS", -4.0)
+    ended = '{"status": "COMPLETED", "stream": []}'
+    bare.faults.fail("GET", "/stream/*", status=200, body=ended, times=None)
+    with executor_for(bare, execution_timeout=5.0) as executor:
+        run = executor.submit_workflow(bench())
+        run.futures[0].add_done_callback(lambda _: None)
+        taken(bare)
+        with pytest.raises(JobTimeoutError, match="execution timeout of 5 s"):
+            run.futures[0].result(PATIENCE)
+    assert [job.status for job in bare.jobs] == ["CANCELLED"]
+
+
 def test_a_batch_timeout_counts_for_a_job_of_the_official_worker(bare: RunPodStub) -> None:
     with executor_for(bare, worker="worker-comfyui") as executor:
         run = executor.submit_workflow(bench(), num_samples=3, batch_timeout=2.0)
