@@ -21,7 +21,6 @@ from comfy_executors.wire import (
     Failed,
     News,
     Progress,
-    Started,
     WholeOutput,
 )
 
@@ -44,7 +43,7 @@ class JobResults:
 
     Attributes:
         job_id: The backend's id of the job, once it has one.
-        started: Whether a worker of ours said that it began.
+        started: Whether a worker of ours said anything.
     """
 
     def __init__(
@@ -97,7 +96,10 @@ class JobResults:
         Raises:
             ServerResponseError: It is no event.
         """
-        for news in self._assembler.add(event):
+        news_of_event = self._assembler.add(event)
+        # The event that says so may be lost, and any other shows it as well.
+        self.started = self.started or bool(event)
+        for news in news_of_event:
             settled = self._hear(news)
             if settled is not None:
                 yield settled
@@ -127,9 +129,7 @@ class JobResults:
         self._control.progress(ProgressEvent(kind, index, job_id=self.job_id, **facts))
 
     def _hear(self, news: News) -> Settled | None:
-        if isinstance(news, Started):
-            self.started = True
-        elif isinstance(news, Progress):
+        if isinstance(news, Progress):
             if news.event.kind != "queued":  # which it was on the backend
                 self.tell(number=news.batch, **vars(news.event))
         elif isinstance(news, WholeOutput):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -20,7 +21,7 @@ from comfy_executors.clients.runpod_payload import (
     TTL_SECONDS,
     too_large,
 )
-from comfy_executors.errors import InputImageError
+from comfy_executors.errors import InputImageError, RunPodJobFailedError
 from comfy_executors.executors.control import JobControl
 from comfy_executors.executors.joining import JoinedGraph, join
 from comfy_executors.executors.queue_watch import QueueWatch
@@ -181,9 +182,15 @@ class RunPodWorkflowExecutor(ServerlessWorkflowExecutor):
         in_base64 = sum(-(-len(file.data or b"") // 3) * 4 for file in images.unique)
         if in_base64 > MAX_PAYLOAD_BYTES:  # and the graphs come on top of it
             raise too_large(in_base64, self.url)
-        if self.worker == "worker-comfyui" and any(file.url for file in images.inputs):
-            raise InputImageError("worker-comfyui takes no URLs of input images: pass their bytes")
+        self._check_urls(images)
         return images
+
+    def _check_urls(self, images: InputImageSet | None) -> bool:
+        """Tell whether input images are given as URLs; refuse them for a worker that takes none."""
+        has_urls = isinstance(images, RemoteInputImageSet) and any(f.url for f in images.inputs)
+        if has_urls and self._official.is_known and self.worker != "comfy-executors":
+            raise InputImageError("worker-comfyui takes no URLs of input images: pass their bytes")
+        return has_urls
 
     def _fitting(self, first: Batch, job: Job) -> int:
         graph = job_graph(first)
@@ -212,7 +219,8 @@ class RunPodWorkflowExecutor(ServerlessWorkflowExecutor):
             yield from run.follow()
             if run.started or joined is None:
                 self._found_worker = "comfy-executors" if run.started else self._found_worker
-                run.raise_for_rest()
+                with self._hinting(run):
+                    run.raise_for_rest()
                 return
             # One graph for all that fit into a result: the others are still to be done.
             with run.naming_job():
@@ -257,13 +265,33 @@ class RunPodWorkflowExecutor(ServerlessWorkflowExecutor):
     ) -> JoinedGraph | None:
         """Make what the official worker is to run; None for a request to our worker only."""
         images = job.input_images
-        has_urls = isinstance(images, RemoteInputImageSet) and any(f.url for f in images.inputs)
-        if self.worker == "comfy-executors" or has_urls:
+        if self._check_urls(images) or self.worker == "comfy-executors":
             return None
         files = images.files.values() if images else ()
         fitting = self._official.fitting(waiting[0], files) or len(waiting)
         # Files of a job that runs twice, and of other jobs, are never overwritten or mixed up.
         return join(waiting[:fitting], control.job_id.partition("-")[0])
+
+    @contextlib.contextmanager
+    def _hinting(self, run: RunPodJobRun) -> Iterator[None]:
+        """Say of a failed job that the official worker does not know what it was sent."""
+        try:
+            yield
+        except RunPodJobFailedError as error:
+            if run.started:
+                raise
+            hint = 'use worker="auto" or worker="worker-comfyui"'
+            if self.worker == "auto":
+                hint = "it takes no URLs of input images: pass their bytes"
+            raise RunPodJobFailedError(
+                error.reason,
+                job_id=error.job_id,
+                exception_type=error.exception_type,
+                traceback=error.traceback,
+                details=(*error.details, f"if the endpoint runs worker-comfyui, {hint}"),
+                worker_id=error.worker_id,
+                server=error.server,
+            ) from error
 
     def _new_run(
         self,

@@ -33,6 +33,7 @@ from comfy_executors.executors.control import JobControl
 from comfy_executors.executors.job_budgets import JobBudgets
 from comfy_executors.executors.job_results import JobResults, Settled
 from comfy_executors.executors.queue_watch import QueueWatch
+from comfy_executors.executors.runpod_official import not_our_worker
 from comfy_executors.executors.runpod_pace import LEAST_WAIT, JobLimits, Pace
 from comfy_executors.runs import Batch
 from comfy_executors.wire import WholeOutput
@@ -95,7 +96,7 @@ class RunPodJobRun:
 
     @property
     def started(self) -> bool:
-        """Whether our own worker said that it began."""
+        """Whether our own worker said anything."""
         return self._results.started
 
     def naming_job(self) -> contextlib.AbstractContextManager[None]:
@@ -262,6 +263,7 @@ class RunPodJobRun:
 
         Raises:
             JobOutputLostError: The worker made them, and they were lost on the way.
+            ServerResponseError: Another worker than ours answered.
             WorkflowError: Any other reason.
         """
         if not self._results.missing():
@@ -272,6 +274,10 @@ class RunPodJobRun:
         lost = self.started and (self.status is None or self.status.status == "COMPLETED")
         if failure is not None and not lost:
             raise failure
+        if not self.started and self.status is not None and self.status.is_terminal:
+            output = self.status.output if self.output is None else self.output
+            with self.naming_job():
+                raise not_our_worker(output)
         raise self._results.lost("ended, and its stream lost")
 
 

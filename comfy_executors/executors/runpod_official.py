@@ -89,6 +89,18 @@ def parse_official(output: Any) -> OfficialAnswer:
     raise _unknown(output)
 
 
+def not_our_worker(output: Any) -> ServerResponseError:
+    """Make the error of a job document that was answered with this, and with no event."""
+    try:
+        parse_official(output)
+    except ServerResponseError as error:
+        return error
+    return ServerResponseError(
+        'the endpoint\'s worker is worker-comfyui, not that of comfy-executors: use worker="auto" '
+        'or worker="worker-comfyui"'
+    )
+
+
 def _unknown(output: Any) -> ServerResponseError:
     shown = sorted(output) if isinstance(output, Mapping) else type(output).__name__
     return ServerResponseError(
@@ -196,7 +208,8 @@ class OfficialWorker:
         assert status is not None, "a job that is not ours is followed to its end"
         if output is None:
             error = status.failure(server)
-            assert error is not None, "it has ended, and there is no output"
+            if error is None:  # such as an empty list
+                raise _unknown(status.output)
             if not self.is_known or not isinstance(
                 error, (RunPodJobFailedError, JobResultLostError)
             ):

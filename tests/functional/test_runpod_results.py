@@ -453,6 +453,72 @@ def test_each_error_has_its_class_and_the_id_of_its_job(bare: RunPodStub, name: 
     assert len(bare.jobs) == 1
 
 
+OTHERS: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
+    "an empty list": ("auto", {"output": []}, ServerResponseError, "neither"),
+    "only ours is wanted": (
+        "comfy-executors", {"output": {"text": "hi"}}, ServerResponseError, "neither",
+    ),
+    "ours is wanted, and an empty list": (
+        "comfy-executors", {"output": []}, ServerResponseError, "neither",
+    ),
+    "ours is wanted, and it is the official one": (
+        "comfy-executors", {"output": {"images": []}}, ServerResponseError, 'worker="auto"',
+    ),
+    "the official one misses its fields": (
+        "comfy-executors", {"error": "Missing 'workflow' parameter"},
+        RunPodJobFailedError, "parameter; if the endpoint runs worker-comfyui, use worker=",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_worker_than_ours_costs_one_job(bare: RunPodStub, name: str) -> None:
+    worker, result, kind, words = OTHERS[name]
+    with executor_for(bare, worker=worker) as executor:
+        (future,) = executor.submit_workflow(bench()).futures
+        future.add_done_callback(lambda _: None)
+        job = taken(bare)
+        HandWorker(bare).done(job["id"], **result)
+        error: Any = future.exception(PATIENCE)
+    assert words in str(error)
+    assert (type(error), error.job_id, len(bare.jobs)) == (kind, job["id"], 1)
+
+
+def test_urls_and_the_official_worker_of_an_endpoint(bare: RunPodStub) -> None:
+    with executor_for(bare) as executor:
+        (future,) = executor.submit_workflow(loading(), ["https://example.com/a.png"]).futures
+        future.add_done_callback(lambda _: None)
+        job = taken(bare)
+        HandWorker(bare).done(job["id"], error="Missing 'workflow' parameter")
+        error: Any = future.exception(PATIENCE)
+        assert (type(error), error.job_id) == (RunPodJobFailedError, job["id"])
+        assert "if the endpoint runs worker-comfyui, it takes no URLs" in str(error)
+        run = executor.submit_workflow(bench())
+        run.futures[0].add_done_callback(lambda _: None)
+        answer(HandWorker(bare), taken(bare))
+        run.result(PATIENCE)
+        with pytest.raises(InputImageError, match="takes no URLs"):
+            executor.submit_workflow(loading(), ["https://example.com/a.png"])
+    assert len(bare.jobs) == 2
+
+
+@pytest.mark.parametrize("worker", ["auto", "comfy-executors"])
+def test_a_job_of_ours_whose_first_event_is_lost_is_still_ours(
+    bare: RunPodStub, worker: str
+) -> None:
+    with executor_for(bare, worker=worker) as executor:
+        (future,) = executor.submit_workflow(bench()).futures
+        future.add_done_callback(lambda _: None)
+        job = taken(bare)
+        yields(wire.Failed(1, 1, 0, WorkflowError("no")), wire.End(2, 1, 0, 0, 1))(
+            bare, job["id"], None
+        )
+        error = future.exception(PATIENCE)
+    assert type(error) is WorkflowError
+    assert executor.found_worker == "comfy-executors"
+    assert len(bare.jobs) == 1
+
+
 def test_a_run_out_of_time_names_its_job(bare: RunPodStub) -> None:
     with executor_for(bare) as executor:
         run = executor.submit_workflow(bench(), timeout=1.0)
