@@ -161,7 +161,7 @@ def test_the_settings_are_read() -> None:
     with engine_from_environment(environment) as engine:
         assert engine.executor.url == "http://comfy:9000"
         assert engine._comfy_org_api_key == "hush"
-        assert engine.ready_timeout == 7.5
+        assert engine._ready_timeout == 7.5
         assert engine.storage is not None
         assert engine.storage.bucket == "pictures"
 
