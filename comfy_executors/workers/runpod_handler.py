@@ -20,7 +20,8 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import AsyncIterator, Mapping
+from collections import ChainMap
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from importlib import import_module
 from types import TracebackType
 from typing import Any
@@ -72,22 +73,18 @@ class RunPodWorker:
         An item with a key `error` makes the SDK end the job as failed. A job document's failures
         are events instead; only the official worker's input is answered so.
         """
-        if self._stops.take(job["id"]):
-            raise asyncio.CancelledError  # as if the SDK had stopped its task
         request = job["input"]
-        is_ours = isinstance(request, Mapping) and DOCUMENT_KEY in request
+        if not _is_ours(request):
+            yield await self.answer(job)
+            return
+        self._check_stop(job)
         try:
-            execution = await asyncio.to_thread(self._start, request, is_ours)
+            execution = await asyncio.to_thread(self._start, request)
         except (ComfyExecutorsError, ValueError) as error:
-            for item in _refusal(error) if is_ours else [{"error": str(error)}]:
+            for item in _refusal(error):
                 yield item
             return
         async with _Stopping(execution):
-            if not is_ours:
-                answer = await asyncio.to_thread(official_answer, execution)
-                self._look_after(execution)
-                yield answer
-                return
             result = _Result()
             held: list[dict[str, Any]] = []
             while (event := await asyncio.to_thread(next, execution, None)) is not None:
@@ -102,6 +99,32 @@ class RunPodWorker:
                         result.shrink(ready)
                 held.clear()
 
+    async def answer(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        """Run one job of the official worker's input; return what that worker would.
+
+        See `answer_whole`.
+        """
+        self._check_stop(job)
+        try:
+            execution = await asyncio.to_thread(self._start, job["input"])
+        except (ComfyExecutorsError, ValueError) as error:
+            return {"error": str(error)}
+        async with _Stopping(execution):
+            answer = await asyncio.to_thread(official_answer, execution)
+            self._look_after(execution)
+        size = len(json.dumps(answer))
+        if size <= _RESULT_BYTES:
+            return answer
+        return {
+            "error": f"the images are {size / 1e6:.0f} MB, and RunPod loses results over 10 MB: "
+            "give the endpoint a bucket (BUCKET_ENDPOINT_URL), make fewer or smaller images, or "
+            "use RunPodWorkflowExecutor, which has them streamed"
+        }
+
+    def _check_stop(self, job: Mapping[str, Any]) -> None:
+        if self._stops.take(job["id"]):
+            raise asyncio.CancelledError  # as if the SDK had stopped its task
+
     def close(self) -> None:
         """Cancel what runs and end all threads."""
         with self._engine_lock:
@@ -109,7 +132,8 @@ class RunPodWorker:
         if engine is not None:
             engine.close()
 
-    def _start(self, request: Any, is_ours: bool) -> Execution:
+    def _start(self, request: Any) -> Execution:
+        is_ours = _is_ours(request)
         document = decode_request(request) if is_ours else official_document(request)
         key = None if is_ours else official_key(request)
         with self._engine_lock:
@@ -150,6 +174,33 @@ def engine_from_environment(environment: Mapping[str, str]) -> Engine:
         downloader=InputDownloader(allow_private=allow_private),
         comfy_org_api_key=environment.get("COMFY_ORG_API_KEY") or None,
     )
+
+
+def answer_whole(
+    scale: Any, answer: Callable[[Mapping[str, Any]], Awaitable[dict[str, Any]]]
+) -> None:
+    """Have jobs without a job document answered whole, as callers of the official worker expect.
+
+    The SDK makes a list of what a generator yields, and streams it besides; another handler's
+    answer it leaves as it is. It looks for the handler in its configuration at each job.
+
+    Args:
+        scale: The SDK's module `rp_scale`, whose `handle_job` is replaced.
+        answer: The handler of such jobs.
+    """
+    handle = scale.handle_job
+
+    async def handle_job(session: Any, config: dict[str, Any], job: Mapping[str, Any]) -> Any:
+        its_config: Any = config
+        if not _is_ours(job["input"]):
+            its_config = ChainMap({"handler": answer}, config)
+        return await handle(session, its_config, job)
+
+    scale.handle_job = handle_job
+
+
+def _is_ours(request: Any) -> bool:
+    return isinstance(request, Mapping) and DOCUMENT_KEY in request
 
 
 def _refusal(error: BaseException) -> list[dict[str, Any]]:
@@ -227,9 +278,11 @@ def main() -> None:
     # The test server sends nothing before the end: what is made smaller then would be lost.
     is_server = "--rp_serve_api" in sys.argv or "RUNPOD_REALTIME_PORT" in os.environ
     stops = EarlyStops()
-    stops.watch(import_module("runpod.serverless.modules.rp_scale").JobScaler)
+    scale = import_module("runpod.serverless.modules.rp_scale")
+    stops.watch(scale.JobScaler)
     worker = RunPodWorker(os.environ, config, shrink_result=not is_server, stops=stops)
     config["handler"] = worker.handle
+    answer_whole(scale, worker.answer)
     try:
         runpod.serverless.start(config)
     finally:

@@ -267,12 +267,22 @@ def test_the_official_workers_input_gets_its_answer(
 ) -> None:
     job_id = submit(client, {"workflow": bench_graph(batch_size=2)})
     stub.wait_for(lambda s: s.jobs[0].status == "COMPLETED", PATIENCE)
-    (answer,) = client.status(job_id, waiter()).output
+    answer = client.status(job_id, waiter()).output
     assert set(answer) == {"images"}
+    assert stub.jobs[0].chunks == 0
     assert [set(image) for image in answer["images"]] == [{"filename", "type", "data"}] * 2
     assert [base64.b64decode(image["data"]) for image in answer["images"]] == [
         (server.directory / "output" / image["filename"]).read_bytes() for image in answer["images"]
     ]
+
+
+@needs_sdk
+def test_an_official_answer_that_runpod_would_lose_says_what_to_do(
+    stub: RunPodStub, client: RunPodClient, worker: Any
+) -> None:
+    submit(client, {"workflow": bench_graph(width=1500, height=1500, batch_size=2)})
+    stub.wait_for(lambda s: s.jobs[0].status == "FAILED", PATIENCE)
+    assert "BUCKET_ENDPOINT_URL" in (stub.jobs[0].error or "")
 
 
 @needs_sdk
