@@ -445,7 +445,8 @@ def test_a_queue_that_does_not_move_is_explained(
     waiting = [event for event in events if event.kind == "waiting"]
     assert len(waiting) == 1
     assert "no free GPU" in str(waiting[0].message)
-    assert [(job.id, job.status) for job in stub.jobs] == [(caught.value.job_id, "CANCELLED")]
+    assert [job.id for job in stub.jobs] == [caught.value.job_id]
+    stub.wait_for(lambda s: s.jobs[0].status == "CANCELLED", PATIENCE)
     assert stub.calls["health"] == 1
 
 
