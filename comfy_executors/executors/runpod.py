@@ -6,7 +6,6 @@ import contextlib
 import copy
 import json
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -195,15 +194,14 @@ class RunPodWorkflowExecutor(ServerlessWorkflowExecutor):
     def _fitting(self, first: Batch, job: Job) -> int:
         graph = job_graph(first)
         files = job.input_images.files.values() if job.input_images else ()
-        if self._official.is_known:
-            self._official.warn_of_size(graph, files)
-            return self._official.fitting(graph, files) or sys.maxsize
-        if self.worker == "auto" and self._found_worker is None:
+        if self._official.is_known or (self.worker == "auto" and self._found_worker is None):
             self._official.warn_of_size(graph, files)
         inputs = sum(map(len, {*files})) * 4 // 3
         # A graph travels twice where the request is for both workers.
         size = len(json.dumps(graph.graph)) * (2 if self.worker == "auto" else 1) + 200
-        return (_ROOM_BYTES - inputs) // size
+        in_request = (_ROOM_BYTES - inputs) // size
+        in_result = self._official.fitting(graph, files) if self._official.is_known else None
+        return in_request if in_result is None else min(in_request, in_result)
 
     def _submit_and_follow(
         self, job: Job, control: JobControl

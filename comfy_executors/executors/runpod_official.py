@@ -18,6 +18,7 @@ from comfy_executors.clients.runpod_answers import RunPodStatus
 from comfy_executors.errors import (
     JobResultLostError,
     RunPodJobFailedError,
+    ServerError,
     ServerResponseError,
     WorkflowError,
 )
@@ -29,7 +30,7 @@ from comfy_executors.executors.joining import (
     recognise,
 )
 from comfy_executors.images import WorkflowOutput, WorkflowOutputImage, kind_of
-from comfy_executors.runs import Batch, BatchResult
+from comfy_executors.runs import Batch, BatchFailure, BatchResult
 from comfy_executors.wire import JobGraph
 
 logger = logging.getLogger(__name__)
@@ -138,13 +139,13 @@ class Shares:
     """What of an answer belongs to which batch.
 
     Args:
-        results: The batches that are complete.
-        missing: Those that are not.
-        error: Why they are not.
+        results: The batches that are complete, and those with a file that is gone for good.
+        missing: Those that have no file, or too few.
+        error: Why they have not.
         can_be_repeated: Whether another job could bring them.
     """
 
-    results: list[BatchResult]
+    results: list[BatchResult | BatchFailure]
     missing: list[int]
     error: WorkflowError
     can_be_repeated: bool
@@ -243,15 +244,27 @@ def _share_out(
     to make.
     """
     found: dict[int, list[WorkflowOutput]] = defaultdict(list)
+    gone: dict[int, ServerError] = {}
     for file in answer.files:
         owner, name = _owner_of(file, joined)
-        data = file.data if file.data is not None else fetch_result(file.url or "", waiter)
+        if owner.batch in gone:
+            continue
+        try:
+            data = file.data if file.data is not None else fetch_result(file.url or "", waiter)
+        except ServerError as error:
+            if error.transient:
+                raise  # each file would be waited for as long
+            error.job_id = job_id
+            gone[owner.batch] = error
+            continue
         found[owner.batch].append(_output(data, name, owner, batches[owner.batch], server))
     shares = Shares([], [], _failure_of(answer, job_id, server), bool(answer.errors))
     for index in joined.batches:
         savers = sum(owner.batch == index for owner in joined.owners.values())
         wanted = batches[index].size * max(1, savers) if answer.errors else 1
-        if len(found[index]) >= wanted:
+        if index in gone:
+            shares.results.append(BatchFailure(batches[index].index, gone[index]))
+        elif len(found[index]) >= wanted:
             shares.results.append(_result(batches[index], found[index], job_id, server))
         else:
             shares.missing.append(index)

@@ -246,6 +246,34 @@ def test_the_official_workers_bucket(bare: RunPodStub, store: Store) -> None:
     assert not any("Authorization" in get for get in store.gets)
 
 
+def test_a_file_that_is_gone_from_a_bucket_costs_its_batch_alone(
+    bare: RunPodStub, store: Store
+) -> None:
+    store.clear()
+    with executor_for(bare, worker="worker-comfyui") as executor:
+        run = executor.submit_workflow(bench(), num_samples=3)
+        run.futures[2].add_done_callback(lambda _: None)
+        job = taken(bare)
+        images = []
+        for node in job["input"]["workflow"].values():
+            if node["class_type"] == "SaveImage":
+                name = f"{node['inputs']['filename_prefix']}_00001_.png"
+                url = f"{store.url}/pictures/{name}"
+                images.append({"filename": name, "type": "s3_url", "data": url})
+        for image in (images[0], images[2]):
+            store.objects[urlsplit(image["data"]).path] = PNG
+        HandWorker(bare).done(job["id"], output={"images": images})
+        errors = [future.exception(PATIENCE) for future in run.futures]
+        assert [type(error) for error in errors].count(type(None)) == 2
+        (error,) = (error for error in errors if isinstance(error, ServerResponseError))
+        assert (error.status, error.job_id, len(bare.jobs)) == (404, job["id"], 1)
+        # A bucket has room for any result; a request has not for any graph.
+        long = executor.submit_workflow(bench(text="x" * 300_000), num_samples=40)
+        long.futures[39].add_done_callback(lambda _: None)
+        bare.wait_for(lambda s: len(s.jobs) == 3, PATIENCE)
+        long.cancel()
+
+
 def taken(stub: RunPodStub) -> Any:
     stub.wait_for(lambda s: any(job.status == "IN_QUEUE" for job in s.jobs), PATIENCE)
     return HandWorker(stub).take()
