@@ -62,6 +62,7 @@ class JobResults:
         self._assembler = Assembler(batches, keeps_data=False)
         self._made: dict[int, dict[int, WorkflowOutput]] = {}  # of batches that are not complete
         self._lost: list[str] = []
+        self._told_of_others = False
         self.job_id: str | None = None
         self.started = False
 
@@ -97,12 +98,24 @@ class JobResults:
             ServerResponseError: It is no event.
         """
         news_of_event = self._assembler.add(event)
+        self._tell_of_others(event.get("batch"))
         # The event that says so may be lost, and any other shows it as well.
         self.started = self.started or bool(event)
         for news in news_of_event:
             settled = self._hear(news)
             if settled is not None:
                 yield settled
+
+    def _tell_of_others(self, number: Any) -> None:
+        if self._told_of_others or not isinstance(number, int) or number in self._batches:
+            return
+        self._told_of_others = True
+        logger.warning(
+            "job %s has a batch %d, which this run was not asked for: what it makes is not taken; "
+            "attach() takes num_batches= and first_batch=",
+            self.job_id,
+            number,
+        )
 
     def discard(self) -> None:
         """Remove what was saved of batches that are not complete."""

@@ -225,6 +225,18 @@ def test_a_job_with_a_bucket_is_taken_up_whole(stub: RunPodStub, store: Store) -
     assert (len(stub.jobs), len(store.puts), len(store.gets)) == (1, 8, 16)
 
 
+@needs_sdk
+def test_batches_that_are_not_asked_for_are_told(
+    stub: RunPodStub, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    with executor_for(stub) as first:
+        first.submit_workflow(bench(), num_samples=4).result(PATIENCE)
+    assert "was not asked for" not in caplog.text
+    with executor_for(stub) as second:
+        assert len(second.attach(stub.jobs[0].id).result(PATIENCE)) == 1
+    assert caplog.text.count(f"job {stub.jobs[0].id} has a batch 1, which this run was not") == 1
+
+
 def test_the_official_workers_bucket(bare: RunPodStub, store: Store) -> None:
     store.clear()
     with executor_for(bare, worker="worker-comfyui") as executor:
