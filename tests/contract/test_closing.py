@@ -82,7 +82,9 @@ def test_nothing_is_left_after_closing(backend: Backend, cancel: bool) -> None:
     if backend.port and os.path.exists("/proc/self/net/tcp"):
         assert sockets_to(backend.port) > 0
     executor.close(cancel=cancel)
-    assert [thread for thread in threading.enumerate() if thread not in before] == []
+    left = [thread for thread in threading.enumerate() if thread not in before]
+    # The service stands in this process, too, and uvicorn's loop starts threads when it likes.
+    assert [thread for thread in left if not thread.name.startswith("uvloop_")] == []
     if backend.port and os.path.exists("/proc/self/net/tcp"):
         assert sockets_to(backend.port) == 0
 

@@ -145,6 +145,7 @@ def told() -> list[ProgressEvent]:
 @pytest.fixture
 def prompt_of(client: ComfyUIClient, told: list[ProgressEvent]) -> Any:
     """Makes a prompt as it is once it was posted."""
+    runs = []  # that an executor would hold
 
     def make() -> ComfyPrompt:
         batch = Batch(0, 1, None, lambda batch: GRAPH)
@@ -152,6 +153,7 @@ def prompt_of(client: ComfyUIClient, told: list[ProgressEvent]) -> Any:
         run = WorkflowRun(
             [batch], Job((batch,)), options, lock=threading.RLock(), window=1, on_room=lambda: None
         )
+        runs.append(run)
         control = JobControl(run, lambda: None)
         events = EventStream(client.http)
         prompt = ComfyPrompt(client, events, control, Job((batch,)), batch, GRAPH)
