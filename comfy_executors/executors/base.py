@@ -620,6 +620,7 @@ class BaseWorkflowExecutor(abc.ABC):
             try:
                 self._see_to_work()
                 while not run._wants_more(pending):
+                    # Not for ever: who lets go of a run may find the lock taken, and tell nobody.
                     self._results_taken.wait(control.limit(_IDLE_SECONDS))
                 control.limit(0)
             finally:
