@@ -202,11 +202,14 @@ def test_deaf_reconnections_do_not_matter(
 def test_each_connection_has_a_client_id_of_its_own(
     server: DevServer, executor: ComfyServerWorkflowExecutor
 ) -> None:
-    for _ in range(3):
+    sockets: list[str] = []
+    for _ in range(12):
         assert len(executor.submit_workflow(bench(), num_samples=2).result(PATIENCE)) == 2
         server.drop_websockets()
         server.wait_for(lambda s: s.open_websockets == 0, PATIENCE)
-    sockets = [r.query["clientId"] for r in server.requests if r.path == "/ws"]
+        sockets = [r.query["clientId"] for r in server.requests if r.path == "/ws"]
+        if len(sockets) >= 3:
+            break  # a run that had not noticed the drop by its end makes none
     assert len(sockets) == len(set(sockets)) >= 3
     assert {prompt.client_id for prompt in server.prompts} <= set(sockets)
 
