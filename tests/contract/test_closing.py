@@ -83,8 +83,9 @@ def test_nothing_is_left_after_closing(backend: Backend, cancel: bool) -> None:
         assert sockets_to(backend.port) > 0
     executor.close(cancel=cancel)
     left = [thread for thread in threading.enumerate() if thread not in before]
-    # The service stands in this process, too, and uvicorn's loop starts threads when it likes.
-    assert [thread for thread in left if not thread.name.startswith("uvloop_")] == []
+    # The service stands in this process, too, and its loop starts threads when it likes.
+    of_loops = ("asyncio_", "uvloop_")
+    assert [thread for thread in left if not thread.name.startswith(of_loops)] == []
     if backend.port and os.path.exists("/proc/self/net/tcp"):
         assert sockets_to(backend.port) == 0
 

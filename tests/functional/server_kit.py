@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from typing import Any
 
@@ -62,6 +63,13 @@ def status_of(server: DevServer, prompt_id: str) -> str:
 def served(server: DevServer) -> Counter[str]:
     """How many requests came for each route: `GET /history/*`."""
     return Counter(f"{request.method} {_route(request.path)}" for request in server.requests)
+
+
+def threads_since(before: set[threading.Thread]) -> set[threading.Thread]:
+    """Return the threads that began since, but for those that the servers' loops start."""
+    loops = ("asyncio_", "uvloop_")
+    now = {thread for thread in threading.enumerate() if not thread.name.startswith(loops)}
+    return now - before
 
 
 def _route(path: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import requests
 from modal_kit import Caller, assemble, emptied, failure_of
-from server_kit import ENDLESS, PATIENCE, bench_graph, statuses
+from server_kit import ENDLESS, PATIENCE, bench_graph, statuses, threads_since
 from worker_kit import HOSTILE, bench_document, document, load_graph, node
 
 from comfy_executors import wire
@@ -456,8 +456,8 @@ def test_closing_leaves_no_thread(server: DevServer) -> None:
         app = Caller(edge.url, edge.key, edge.secret)
         app.submit(bench_document(2, ENDLESS, steps=1000))
         server.wait_for(lambda s: statuses(s) == {"running": 1, "pending": 1}, PATIENCE)
-        assert set(threading.enumerate()) - before
-    assert set(threading.enumerate()) - before == set()
+        assert threads_since(before)
+    assert threads_since(before) == set()
     emptied(server)
 
 

@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 import requests
-from server_kit import ENDLESS, PATIENCE, bench_graph, ended, served, statuses, stranger_posts
+from server_kit import (
+    ENDLESS,
+    PATIENCE,
+    bench_graph,
+    ended,
+    served,
+    statuses,
+    stranger_posts,
+    threads_since,
+)
 from worker_kit import Answer, bench_document, document, load_graph, node, put_together
 
 from comfy_executors import wire
@@ -434,4 +443,4 @@ def test_closing_leaves_no_thread_and_no_prompt(server: DevServer) -> None:
     ended(server, **dict(statuses(server)))
     server.wait_for(lambda s: not {"running", "pending"} & set(statuses(s)), PATIENCE)
     server.wait_for(lambda s: s.open_websockets == 0, PATIENCE)
-    assert {t for t in set(threading.enumerate()) - before if "dev" not in t.name.lower()} == set()
+    assert threads_since(before) == set()
