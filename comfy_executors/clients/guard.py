@@ -1,8 +1,10 @@
-"""Connections on which no read outlasts its call's deadline, or its cancellation.
+"""Connections on which no call outlasts its deadline, or its cancellation.
 
-A socket's timeout counts from byte to byte: a server that sends one now and then can hold a thread
-for ever, and a thread that waits for the first one notices nothing else. So each read asks the
-guard of its call for how long it may wait, and another thread can break the wait off.
+A socket's timeout counts from byte to byte when it reads: a server that sends one now and then can
+hold a thread for ever, and a thread that waits for the first one notices nothing else. So each read
+asks the guard of its call for how long it may wait, and another thread can break the wait off. When
+a body is sent, the timeout counts for all of it: so it goes out in pieces, that a slow line has
+time for as long as it moves.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 
 from comfy_executors.errors import ComfyExecutorsError
 
-_BUFFER_BYTES = 65536  # each read costs a look at the deadline
+_BUFFER_BYTES = 65536  # each read, and each piece that is sent, costs a look at the deadline
 _SLACK_SECONDS = 0.1  # by which a read may outlast its deadline
 
 _current = threading.local()
@@ -35,7 +37,7 @@ class CallGuard:
 
     Args:
         limit: Shortens a number of seconds to what the call's deadline leaves, or raises.
-        read_seconds: How long one read may wait.
+        read_seconds: How long one read may wait, or the sending of one piece.
         head_seconds: How long all of an answer's head may take.
     """
 
@@ -48,6 +50,7 @@ class CallGuard:
         self._connection: Any = None
         self._interrupted = False
         self._head_until: float | None = None
+        self._is_cut = False
 
     def __enter__(self) -> CallGuard:
         _current.guard = self
@@ -89,11 +92,20 @@ class CallGuard:
             connection.guard = self
 
     def wait_for_head(self) -> None:
-        """Say that the request is sent."""
+        """Say that the answer is read for from now on."""
         self._head_until = time.monotonic() + self._head_seconds
 
-    def seconds_to_read(self) -> float:
-        """Tell for how long the next read may wait; TimeoutError when the call is over."""
+    def sending_failed(self) -> None:
+        """Say that a large body could not be sent to its end."""
+        self._is_cut = True
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether a body was not sent to its end, so that nobody can have understood it."""
+        return self._is_cut
+
+    def seconds_to_wait(self) -> float:
+        """Tell for how long the next read or piece may wait; TimeoutError when the call is over."""
         left = self._read_seconds
         if self._head_until is not None:
             left = self._head_until - time.monotonic()
@@ -106,6 +118,13 @@ class CallGuard:
         return left
 
 
+def _shorten(sock: socket.socket, seconds: float) -> None:
+    timeout = sock.gettimeout()
+    if timeout is None or seconds < timeout - _SLACK_SECONDS:
+        # Not each time: it gives way to other threads, which costs more than the read.
+        sock.settimeout(seconds)
+
+
 class _GuardedIO(io.RawIOBase):
     def __init__(self, raw: io.RawIOBase, sock: socket.socket, guard: CallGuard) -> None:
         self._raw = raw
@@ -116,10 +135,7 @@ class _GuardedIO(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        left, timeout = self._guard.seconds_to_read(), self._sock.gettimeout()
-        if timeout is None or left < timeout - _SLACK_SECONDS:
-            # Not each time: it gives way to other threads, which costs more than the read.
-            self._sock.settimeout(left)
+        _shorten(self._sock, self._guard.seconds_to_wait())
         return self._raw.readinto(buffer)
 
     def close(self) -> None:
@@ -139,12 +155,26 @@ class _Response(http.client.HTTPResponse):
 
 class _Guarded:
     guard: CallGuard | None = None
+    sock: socket.socket
 
     def request(self, *args: Any, **kwargs: Any) -> Any:
         guard: CallGuard | None = getattr(_current, "guard", None)
         if guard is not None:
             guard.enter(self)
         return super().request(*args, **kwargs)  # type: ignore[misc]
+
+    def send(self, data: Any) -> None:
+        guard, send = self.guard, super().send  # type: ignore[misc]
+        if guard is None or not isinstance(data, bytes) or len(data) <= _BUFFER_BYTES:
+            send(data)
+            return
+        try:
+            for start in range(0, len(data), _BUFFER_BYTES):
+                _shorten(self.sock, guard.seconds_to_wait())
+                send(memoryview(data)[start : start + _BUFFER_BYTES])
+        except OSError:
+            guard.sending_failed()  # which urllib3 may pass over, to look for an answer
+            raise
 
 
 class _HTTPConnection(_Guarded, HTTPConnection):

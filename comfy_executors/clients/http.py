@@ -382,7 +382,7 @@ class HttpClient:
                         )
         except requests.RequestException as error:
             waiter.limit(READ_SECONDS)  # a deadline or a cancellation is its own error
-            raise self._unreachable(error) from error
+            raise self._unreachable(error, guard.is_cut) from error
         answer = Answer(response.status_code, response.headers, b"".join(pieces))
         expected = answer.headers.get("content-length", "")
         encoded = "content-encoding" in answer.headers or request.method == "HEAD"
@@ -438,7 +438,7 @@ class HttpClient:
         host = _without_user(proxy).split("//")[-1].rstrip("/")
         return f" through the proxy {host} of the environment"
 
-    def _unreachable(self, error: requests.RequestException) -> ServerError:
+    def _unreachable(self, error: requests.RequestException, is_cut: bool) -> ServerError:
         server, through = self.base_url, self._through()
         if isinstance(error, requests.exceptions.InvalidSchema):
             return ServerUnreachableError(
@@ -468,7 +468,10 @@ class HttpClient:
         elif not self._answered:
             message += "; check the address, and that the server runs"
         return ServerUnreachableError(
-            message, server=server, transient=True, maybe_received=not _never_sent(error)
+            message,
+            server=server,
+            transient=True,
+            maybe_received=not is_cut and not _never_sent(error),
         )
 
     def _refusal(self, what: str, answer: Answer) -> ServerError:
