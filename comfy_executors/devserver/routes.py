@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from aiohttp import web
+from aiohttp import BodyPartReader, web
 from PIL import Image, UnidentifiedImageError
 
 from comfy_executors.devserver.engine import Engine
@@ -234,26 +234,24 @@ class Routes:
         return _file_response(path.name, data, request.query.get("preview"))
 
     async def upload_image(self, request: web.Request) -> web.StreamResponse:
-        form = dict(await request.post())
-        files = [field for field in form.values() if isinstance(field, web.FileField)]
+        if request.content_type != "multipart/form-data":
+            return web.Response(status=400)
+        form, files = await _read_form(request)
         try:
-            return self._store_image(form)
+            return self._store_image(form, files)
         except (UnsafePathError, OSError):
             return web.Response(status=400)
-        finally:
-            for field in files:
-                field.file.close()
 
-    def _store_image(self, form: Mapping[str, object]) -> web.Response:
-        image = form.get("image")
-        folder_type = str(form.get("type") or "input")
-        if not isinstance(image, web.FileField) or folder_type not in FOLDER_TYPES:
+    def _store_image(
+        self, form: Mapping[str, str], files: Mapping[str, tuple[str, bytes]]
+    ) -> web.Response:
+        folder_type = form.get("type") or "input"
+        if "image" not in files or folder_type not in FOLDER_TYPES:
             return web.Response(status=400)
-        subfolder = str(form.get("subfolder", ""))
-        overwrite = str(form.get("overwrite", "")).lower() in ("true", "1")
-        name = self._setting.folders.store_upload(
-            folder_type, subfolder, image.filename, image.file.read(), overwrite
-        )
+        filename, data = files["image"]
+        subfolder = form.get("subfolder", "")
+        overwrite = form.get("overwrite", "").lower() in ("true", "1")
+        name = self._setting.folders.store_upload(folder_type, subfolder, filename, data, overwrite)
         return web.json_response({"name": name, "subfolder": subfolder, "type": folder_type})
 
     async def object_info(self, request: web.Request) -> web.StreamResponse:
@@ -314,6 +312,31 @@ def _fields(body: Any) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise MalformedPromptError("the body is not an object")
     return body
+
+
+async def _read_form(request: web.Request) -> tuple[dict[str, str], dict[str, tuple[str, bytes]]]:
+    """Read a form's texts, and its files with their names.
+
+    `request.post()` leaves a temporary file open when the client goes away within it.
+    """
+    texts: dict[str, str] = {}
+    files: dict[str, tuple[str, bytes]] = {}
+    size = 0
+    async for part in await request.multipart():
+        if not isinstance(part, BodyPartReader):
+            continue  # a form within the form
+        data = bytearray()
+        while chunk := await part.read_chunk():
+            size += len(chunk)
+            if size > FEATURES["max_upload_size"]:
+                raise web.HTTPRequestEntityTooLarge(FEATURES["max_upload_size"], size)
+            data += chunk
+        name = part.name or ""
+        if part.filename is None:
+            texts[name] = data.decode("utf-8", "replace")
+        else:
+            files[name] = part.filename, bytes(data)
+    return texts, files
 
 
 def _rejected(

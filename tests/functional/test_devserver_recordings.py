@@ -248,6 +248,7 @@ class Replay:
 def in_causal_order(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Put each post before the messages that it caused; answers were recorded when complete."""
     ordered: list[dict[str, Any]] = []
+    posted: set[str] = set()
     for event in events:
         place = len(ordered)
         if event.get("http") == "POST /queue":
@@ -255,8 +256,10 @@ def in_causal_order(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 place -= 1
         if event.get("http") == "POST /prompt" and event["status"] == 200:
             prompt_id = event["body"]["prompt_id"]
-            first = (i for i, other in enumerate(ordered) if is_start_of(other, prompt_id))
-            place = next(first, place)
+            if prompt_id not in posted:  # what was said of it before is not of this post
+                first = (i for i, other in enumerate(ordered) if is_start_of(other, prompt_id))
+                place = next(first, place)
+            posted.add(prompt_id)
             while place < len(ordered) and is_plain_status(ordered[place - 1]):
                 place -= 1
         ordered.insert(place, event)

@@ -100,12 +100,12 @@ def slow(edge: ModalEdge, seconds: float) -> None:
 
 def test_what_takes_long_is_answered_303_until_it_is_done(app: Caller, edge: ModalEdge) -> None:
     edge.limits.redirect_after = 0.1
-    slow(edge, 0.35)
+    slow(edge, 1.0)
     answer = app.post("/v1/jobs", {"a": 1})
     assert answer.json()["method"] == "POST"  # it was posted once, and its result was fetched
     assert {hop.status_code for hop in answer.history} == {303}
     assert edge.calls["submit"] == edge.runs["submit"] == 1
-    assert edge.calls["result"] == len(answer.history) >= 3
+    assert edge.calls["result"] == len(answer.history) >= 2
 
 
 def test_a_303_can_come_at_once(app: Caller, edge: ModalEdge) -> None:
