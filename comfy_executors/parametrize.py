@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from comfy_executors.graphs import Graph, class_type, is_link, node_title
 from comfy_executors.prompts import find_prompts
 
 # Inputs of any node, and the variables that they become.
-_NUMBERS = {"steps": "steps", "cfg": "cfg", "guidance": "guidance"}
+_STRENGTHS = ("cfg", "guidance")
 _MODELS = {"ckpt_name": "checkpoint", "unet_name": "diffusion_model"}
 _SIZES = ("width", "height")
 # Nodes that are told the size of the canvas though they do not make it.
@@ -42,6 +42,7 @@ class Parameter:
         value: What the export has there.
         required: Whether it must be given; otherwise the export's value is its default.
         expression: How the template writes it, when that is not the name alone.
+        default: How the template writes its default, when that is not the value alone.
     """
 
     name: str
@@ -49,14 +50,16 @@ class Parameter:
     value: Any
     required: bool = False
     expression: str = ""
+    default: str = ""
 
 
 def find_parameters(graph: Graph) -> list[Parameter]:
     """Find what a person would change from call to call.
 
-    The prompts, the size, steps, cfg and guidance, and the models keep their values as defaults.
-    The batch size and the input images, which the executor fills in, become required. Seeds stay
-    as they are: the executor replaces them by themselves.
+    The prompts, the size, steps, cfg and guidance, and the models keep their values as defaults; a
+    step at which one model leaves the rest to another keeps its share of the steps. The batch size
+    and the input images, which the executor fills in, become required. Seeds stay as they are: the
+    executor replaces them by themselves.
 
     Args:
         graph: A workflow in ComfyUI's API format.
@@ -73,8 +76,10 @@ def find_parameters(graph: Graph) -> list[Parameter]:
         found += _named(graph, name, _size_places(graph, name))
     # The executor has one batch size for all.
     found += [_required(parameter) for parameter in _batch_sizes(graph)[:1]]
-    for name, variable in _NUMBERS.items():
-        found += _named(graph, variable, _number_places(graph, name))
+    steps = _named(graph, "steps", _step_counts(graph))
+    found += [*steps, *_switch_steps(graph, steps)]
+    for name in _STRENGTHS:
+        found += _named(graph, name, _number_places(graph, name))
     for name, variable in _MODELS.items():
         places = (Place(node, name) for node in graph if _text(graph, node, name))
         found += _named(graph, variable, places)
@@ -190,6 +195,48 @@ def _number_place(graph: Graph, node_id: str, name: str) -> Place | None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _step_counts(graph: Graph) -> Iterator[Place]:
+    """Find numbers of steps, and the ends of samplers that go on to their last step."""
+    for node_id in graph:
+        steps, end = _steps_and_end(graph, node_id)
+        if steps is not None:
+            yield steps
+            if end is not None and _value(graph, end) == _value(graph, steps):
+                yield end
+
+
+def _switch_steps(graph: Graph, steps: list[Parameter]) -> list[Parameter]:
+    """Find the steps at which a sampler leaves the rest to another one, with another model."""
+    counts = {place: parameter for parameter in steps for place in parameter.places}
+    switches: dict[Place, Parameter] = {}
+    for node_id in graph:
+        count, end = _steps_and_end(graph, node_id)
+        if count is None or end is None or not 0 < _value(graph, end) < _value(graph, count):
+            continue
+        starts = [
+            place
+            for place in _number_places(graph, "start_at_step")
+            if _value(graph, place) == _value(graph, end)
+        ]
+        if starts:
+            switches.update(dict.fromkeys([end, *starts], counts[count]))
+    return [
+        replace(switch, default=_share(switch, switches[switch.places[0]]))
+        for switch in _named(graph, "switch_step", switches)
+    ]
+
+
+def _steps_and_end(graph: Graph, node_id: str) -> tuple[Place | None, Place | None]:
+    return _number_place(graph, node_id, "steps"), _number_place(graph, node_id, "end_at_step")
+
+
+def _share(switch: Parameter, steps: Parameter) -> str:
+    """Write the default that keeps its share of the steps, so that no model is left without any."""
+    if type(switch.value) is not int or type(steps.value) is not int:
+        return ""  # what a division makes of it would not be the number of the export
+    return f"({steps.name} | default({steps.value}) | int) * {switch.value} // {steps.value}"
 
 
 def _size_places(graph: Graph, name: str) -> list[Place]:

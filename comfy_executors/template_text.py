@@ -69,10 +69,13 @@ def _input(value: Any, parameter: Parameter | None) -> str:
         return _json(value)
     expression = parameter.expression or parameter.name
     if not parameter.required:
-        default = _jinja_string(value) if isinstance(value, str) else _json(value)
-        expression += f" | default({default})"
+        expression += f" | default({parameter.default or _default(value)})"
     written = f"{{{{ {expression} }}}}"
     return f'"{written}"' if isinstance(value, str) else written
+
+
+def _default(value: Any) -> str:
+    return _jinja_string(value) if isinstance(value, str) else _json(value)
 
 
 def _json(value: Any) -> str:

@@ -68,8 +68,8 @@ FOUND = {
     " negative_prompt 7.text_g 16.text; negative_prompt_text_l 7.text_l;"
     " width 5.width 6.width 6.target_width 15.width 16.width;"
     " height 5.height 6.height 6.target_height 15.height 16.height; batch_size! 5.batch_size;"
-    " steps 10.steps 11.steps; cfg 10.cfg 11.cfg; checkpoint 4.ckpt_name;"
-    " checkpoint_load_refiner 12.ckpt_name",
+    " steps 10.steps 11.steps; switch_step 10.end_at_step 11.start_at_step;"
+    " cfg 10.cfg 11.cfg; checkpoint 4.ckpt_name; checkpoint_load_refiner 12.ckpt_name",
     "flux_guider": "prompt 6.clip_l; prompt_t5xxl 6.t5xxl; width 27.width 30.width;"
     " height 27.height 30.height; batch_size! 27.batch_size; steps 17.steps;"
     " guidance 6.guidance; guidance_flux 26.guidance; diffusion_model 12.unet_name",
@@ -86,7 +86,8 @@ FOUND = {
     "folder": "input_images_dir! 1.directory",
     "folder_below_input": 'input_images_dir | replace("input/", "")! 1.directory',
     "wan_video": "prompt 6.text; negative_prompt 7.text; width 63.width; height 63.height;"
-    " batch_size! 63.batch_size; steps 57.steps 58.steps; cfg 57.cfg; cfg_second 58.cfg;"
+    " batch_size! 63.batch_size; steps 57.steps 58.steps;"
+    " switch_step 57.end_at_step 58.start_at_step; cfg 57.cfg; cfg_second 58.cfg;"
     " diffusion_model 37.unet_name; diffusion_model_low_noise 56.unet_name;"
     " input_images[0]! 62.image",
     "remote_node": "prompt 2.prompt; input_images[0]! 1.image",
@@ -150,6 +151,73 @@ def test_defaults_and_variables_go_where_they_belong() -> None:
     assert changed["6"]["inputs"]["text"] == 'a "fox"\n{{ x }}'
     assert changed["5"]["inputs"] == {"width": 640, "height": 768, "batch_size": 4}
     assert changed["3"] == graph["3"]
+
+
+def wan_graph() -> Any:
+    return json.loads((TESTS / "exports/api/wan_video.json").read_text("utf-8"))
+
+
+def steps_of(rendered: Any) -> list[list[Any]]:
+    names = ("steps", "start_at_step", "end_at_step")
+    return [[rendered[node]["inputs"][name] for name in names] for node in ("57", "58")]
+
+
+@pytest.mark.parametrize(
+    ("given", "steps", "switch"),
+    [
+        ({}, 20, 10),
+        ({"steps": 8}, 8, 4),
+        ({"steps": 41}, 41, 20),
+        ({"steps": "8"}, "8", 4),  # as `--var steps=8` gives it
+        ({"switch_step": 3}, 20, 3),
+        ({"steps": 8, "switch_step": 6}, 8, 6),
+    ],
+)
+def test_the_second_model_keeps_its_share_of_the_steps(
+    given: dict[str, Any], steps: Any, switch: int
+) -> None:
+    template = WorkflowTemplate.from_graph(wan_graph(), auto=True)
+    rendered = template.render(batch_size=1, input_images=["start.png"], **given)
+    assert steps_of(rendered) == [[steps, 0, switch], [steps, switch, 10000]]
+
+
+def test_a_sampler_that_goes_on_to_the_last_step_still_does_with_more_steps() -> None:
+    graph = wan_graph()
+    graph["58"]["inputs"]["end_at_step"] = 20
+    template = assert_survives(graph)
+    rendered = template.render(batch_size=1, input_images=["start.png"], steps=30)
+    assert steps_of(rendered) == [[30, 0, 15], [30, 15, 30]]
+
+
+def test_several_switches_and_one_in_a_node_of_its_own() -> None:
+    graph = wan_graph()
+    graph["90"] = {"class_type": "PrimitiveInt", "inputs": {"value": 10}}
+    graph["57"]["inputs"]["end_at_step"] = graph["58"]["inputs"]["start_at_step"] = ["90", 0]
+    graph["58"]["inputs"]["end_at_step"] = 15
+    graph["59"] = {"class_type": "KSamplerAdvanced", "inputs": {**graph["58"]["inputs"]}}
+    graph["59"]["inputs"].update(start_at_step=15, end_at_step=20)
+    template = assert_survives(graph)
+    names = {item.name: item.places for item in find_parameters(graph)}
+    assert names["switch_step"] == (("90", "value"),)
+    assert names["switch_step_second"] == (("58", "end_at_step"), ("59", "start_at_step"))
+    rendered = template.render(batch_size=1, input_images=["start.png"], steps=8)
+    assert rendered["90"]["inputs"]["value"] == 4
+    assert rendered["59"]["inputs"]["start_at_step"] == 6
+
+
+@pytest.mark.parametrize(("end", "start"), [(0, 0), (20, 20), (10000, 10000), (10, 11)])
+def test_steps_that_are_no_switch_stay(end: int, start: int) -> None:
+    graph = wan_graph()
+    graph["57"]["inputs"]["end_at_step"] = end
+    graph["58"]["inputs"]["start_at_step"] = start
+    assert "switch_step" not in assert_survives(graph).variables
+
+
+def test_a_switch_that_division_would_change_has_its_own_default() -> None:
+    graph = wan_graph()
+    for node in ("57", "58"):
+        graph[node]["inputs"]["steps"] = 20.0
+    assert assert_survives(graph).defaults["switch_step"] == 10
 
 
 def test_input_images_go_in_by_their_order() -> None:
