@@ -272,9 +272,11 @@ def _is_canvas(graph: Graph, node_id: str) -> bool:
 
 def _batch_sizes(graph: Graph) -> list[Parameter]:
     places = [
-        Place(node_id, "batch_size")
-        for node_id, node in graph.items()
-        if type(node["inputs"].get("batch_size")) is int and _makes_a_batch(graph, node_id)
+        place
+        for node_id in graph
+        if _makes_a_batch(graph, node_id)
+        for place in _places_of(graph, node_id, "batch_size")
+        if type(_value(graph, place)) is int
     ]
     return _named(graph, "batch_size", places)
 

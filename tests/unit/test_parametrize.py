@@ -220,6 +220,24 @@ def test_a_switch_that_division_would_change_has_its_own_default() -> None:
     assert assert_survives(graph).defaults["switch_step"] == 10
 
 
+def test_a_batch_size_in_a_node_of_its_own_is_replaced_there() -> None:
+    graph = json.loads((TESTS / "exports/api/sd15.json").read_text("utf-8"))
+    graph["90"] = {"class_type": "PrimitiveInt", "inputs": {"value": 3}}
+    graph["5"]["inputs"]["batch_size"] = ["90", 0]
+    rendered = assert_survives(graph).render(batch_size=8)
+    assert rendered["90"]["inputs"]["value"] == 8
+    assert rendered["5"] == graph["5"]
+
+
+@pytest.mark.parametrize("value", [["91", 0], 2.0, "3"])
+def test_a_batch_size_that_another_node_works_out_stays(value: Any) -> None:
+    graph = json.loads((TESTS / "exports/api/sd15.json").read_text("utf-8"))
+    graph["90"] = {"class_type": "MathExpression", "inputs": {"value": value}}
+    graph["91"] = {"class_type": "CountImages", "inputs": {}}
+    graph["5"]["inputs"]["batch_size"] = ["90", 0]
+    assert "batch_size" not in assert_survives(graph).variables
+
+
 def test_input_images_go_in_by_their_order() -> None:
     graph = json.loads((TESTS / "exports/api/controlnet_combine.json").read_text("utf-8"))
     template = WorkflowTemplate.from_graph(graph, auto=True)
