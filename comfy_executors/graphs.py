@@ -23,7 +23,7 @@ _EXPORT_HINT = (
 
 
 class SeedInput(NamedTuple):
-    """A literal seed in a graph."""
+    """A seed in a graph, and where it stands."""
 
     node_id: str
     input_name: str
@@ -148,20 +148,46 @@ def _label(graph: Mapping[str, Any], node_id: str) -> str:
 
 
 def find_seeds(graph: Mapping[str, Any]) -> list[SeedInput]:
-    """Return the literal integers that stand in inputs called `seed` or `noise_seed`.
+    """Return the integers that are a graph's seeds.
 
-    A seed that another node delivers is none of them.
+    They stand in inputs called `seed` or `noise_seed`, or in a node that holds an integer and
+    nothing else (a primitive), where only such inputs take it. A seed that any other node delivers
+    is none of them.
     """
-    return [
+    literal = [
         SeedInput(node_id, name, node["inputs"][name])
         for node_id, node in graph.items()
         for name in _SEED_INPUTS
         if type(node["inputs"].get(name)) is int
     ]
+    return [*literal, *_primitive_seeds(graph)]
+
+
+def _primitive_seeds(graph: Mapping[str, Any]) -> Iterator[SeedInput]:
+    takers: dict[str, set[str]] = {}
+    for node in graph.values():
+        for name, value in node["inputs"].items():
+            if is_link(value):
+                takers.setdefault(value[0], set()).add(name)
+    for node_id, node in graph.items():
+        inputs = node["inputs"]
+        is_integer = list(inputs) == ["value"] and type(inputs["value"]) is int
+        if is_integer and node_id in takers and takers[node_id].issubset(_SEED_INPUTS):
+            yield SeedInput(node_id, "value", inputs["value"])
+
+
+def find_linked_seed(graph: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return the first node that takes its seed from another one, and that one; None without."""
+    for node_id, node in graph.items():
+        for name in _SEED_INPUTS:
+            value = node["inputs"].get(name)
+            if is_link(value):
+                return node_id, value[0]
+    return None
 
 
 def set_seeds(graph: Mapping[str, Any], seed: int) -> Graph:
-    """Return the graph with every literal seed replaced.
+    """Return the graph with every seed that `find_seeds` finds replaced.
 
     Args:
         graph: The graph; it is left as it is, and the result shares its unchanged nodes.

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from comfy_executors.errors import GraphError, InputImageError, TemplateVariablesError
-from comfy_executors.graphs import whole_number
+from comfy_executors.graphs import class_type, find_linked_seed, whole_number
 from comfy_executors.images import InputImageSet
 from comfy_executors.runs import Batch
 from comfy_executors.workflows import (
@@ -76,9 +76,8 @@ class Plan:
         seeds: Sequence[int | None] = _draw_seeds(len(sizes), seed, randomize_seed)
         for size in {sizes[0], sizes[-1]}:
             self.graph = self._render(size, seeds[0])
-        self.seeded = seeds[0] is not None and (
-            "seed" in self._wants or bool(find_seeds(self.graph))
-        )
+        self.seeded = sets_seed and ("seed" in self._wants or bool(find_seeds(self.graph)))
+        self._misses_seed = sets_seed and not self.seeded and (seed is not None or len(sizes) > 1)
         if not self.seeded:
             seeds = [None] * len(sizes)
         self.batches = [
@@ -108,7 +107,17 @@ class Plan:
         return graph
 
     def warn(self) -> None:
-        """Log what is allowed and hardly wanted: identical batches, and more images than said."""
+        """Log what is allowed and hardly wanted.
+
+        That is a seed that cannot be set, identical batches, and more images than said.
+        """
+        linked = find_linked_seed(self.graph) if self._misses_seed else None
+        if linked is not None:
+            logger.warning(
+                "no seed was set: node %s takes its own from node %s (%s); write {{ seed }} there",
+                *linked,
+                class_type(self.graph, linked[1]),
+            )
         if len(self.batches) > 1 and not self.seeded:
             logger.warning(
                 "the %d batches have the same seeds: a server answers all but the first from its "

@@ -98,3 +98,32 @@ def test_more_images_than_asked_for_are_told_before(caplog: pytest.LogCaptureFix
         "node 1 makes 4 images at once and the template has no {{ batch_size }}: "
         "expect 12 images, not 3"
     ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"seed": 7}, 1),
+        ({"seed": 7, "num_samples": 3}, 2),
+        ({"num_samples": 3}, 2),
+        ({}, 0),
+        ({"randomize_seed": False}, 0),
+        ({"randomize_seed": False, "num_samples": 3}, 1),
+    ],
+)
+def test_a_seed_that_cannot_be_set_is_told_with_its_node(
+    arguments: dict[str, Any], told: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    graph = {
+        "9": {"class_type": "SaveImage", "inputs": {"noise_seed": ["2", 0]}},
+        "2": {"class_type": "RandomInt", "inputs": {"low": 0}},
+    }
+    with DummyWorkflowExecutor(image_size=8) as executor:
+        template = WorkflowTemplate.from_graph(graph)
+        images = executor.submit_workflow(template, **arguments).result(30)
+    assert {image.seed for image in images} == {None}
+    words = [record.getMessage() for record in caplog.records]
+    node = "no seed was set: node 9 takes its own from node 2 (RandomInt); write {{ seed }} there"
+    same = [text for text in words if text.startswith("the 3 batches have the same seeds")]
+    assert len(words) == told
+    assert words == [node] * (told - len(same)) + same

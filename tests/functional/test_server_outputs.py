@@ -50,6 +50,19 @@ def files(folder: Path) -> list[str]:
     return sorted(name for name in os.listdir(folder) if not name.startswith("."))
 
 
+@pytest.mark.parametrize("seed", [100, None])
+def test_a_seed_in_a_node_of_its_own_makes_other_images_in_each_batch(seed: int | None) -> None:
+    graph = bench_graph(seed=["3", 0])
+    graph["3"] = {"class_type": "PrimitiveInt", "inputs": {"value": 42}}
+    template = WorkflowTemplate.from_graph(graph)
+    with DevServer() as server, ComfyServerWorkflowExecutor(server.address) as executor:
+        images = executor.submit_workflow(template, num_samples=3, seed=seed).result(PATIENCE)
+        sent = [prompt.graph["3"]["inputs"]["value"] for prompt in server.prompts]
+    assert len({image.data for image in images}) == 3
+    assert {image.seed for image in images} == set(sent)
+    assert seed is None or [image.seed for image in images] == [100, 101, 102]
+
+
 def test_images_are_on_disk_while_the_rest_of_the_graph_runs(tmp_path: Path) -> None:
     with DevServer() as server, ComfyServerWorkflowExecutor(server.address) as executor:
         saved = threading.Event()

@@ -476,6 +476,13 @@ def _(kit: Kit) -> Told:
     return kit.warns(num_samples=4, only="same seeds")
 
 
+@case("no seed was set: node … takes its own from node … (…); write {{ seed }} there")
+def _(kit: Kit) -> Told:
+    workflow = {**sampler(), "3": {"class_type": "PrimitiveInt", "inputs": {"value": 4}}}
+    workflow["1"]["inputs"].update(seed=["3", 0], steps=["3", 0])
+    return kit.warns(workflow, seed=7, only="no seed")
+
+
 @case(
     "node … makes 4 images at once and the template has no {{ batch_size }}: expect 8 images, not 2"
 )

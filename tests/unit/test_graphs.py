@@ -156,6 +156,37 @@ def test_find_seeds_takes_literal_integers_only() -> None:
     ]
 
 
+def test_an_integer_in_a_node_of_its_own_is_a_seed_where_only_seeds_take_it() -> None:
+    graph = {
+        "1": node("PrimitiveInt", "Seed", value=7),
+        "2": node("KSampler", seed=["1", 0]),
+        "3": node("RandomNoise", noise_seed=["1", 0]),
+        "4": node("KSampler", seed=5),
+    }
+    assert find_seeds(graph) == [SeedInput("4", "seed", 5), SeedInput("1", "value", 7)]
+    changed = set_seeds(graph, 9)
+    assert (changed["1"]["inputs"], changed["4"]["inputs"]) == ({"value": 9}, {"seed": 9})
+    assert changed["2"] is graph["2"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"3": node("KSampler", seed=["1", 0], steps=["1", 0])},
+        {"3": node("SaveText", text=["1", 0])},
+        {"1": node("RandomInt", low=0)},
+        {"1": node("Pick", value=7, index=0)},
+        {"1": node("PrimitiveFloat", value=7.0)},
+        {"1": node("PrimitiveBoolean", value=True)},
+        {"1": node("Join", value=["3", 0]), "3": node("Loader")},
+        {"2": node("KSampler", steps=["1", 0])},
+    ],
+)
+def test_another_node_is_no_seed(changes: dict[str, Any]) -> None:
+    graph = {"1": node("PrimitiveInt", value=7), "2": node("KSampler", seed=["1", 0])}
+    assert find_seeds({**graph, **changes}) == []
+
+
 @pytest.mark.parametrize("seed", [0, 5, 2**64 - 1])
 def test_set_seeds_makes_a_new_graph_that_shares_the_rest(seed: int) -> None:
     before = json.dumps(GRAPH)

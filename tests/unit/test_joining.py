@@ -50,6 +50,16 @@ def test_what_the_seed_does_not_reach_is_shared() -> None:
     assert seeds == [103, 104, 105]
 
 
+def test_a_seed_in_a_node_of_its_own_is_repeated() -> None:
+    items = [batch(0, sample__seed=["seed", 0]), batch(1, sample__seed=["seed", 0])]
+    for item in items:
+        item.graph["seed"] = node("PrimitiveInt", value=item.seed)
+    joined = join(items, "t")
+    samplers = [entry for entry in joined.graph.values() if entry["class_type"] == "KSampler"]
+    taken = [joined.graph[entry["inputs"]["seed"][0]]["inputs"] for entry in samplers]
+    assert taken == [{"value": 100}, {"value": 101}]
+
+
 def test_links_lead_to_the_batchs_own_nodes() -> None:
     joined = join([batch(0), batch(1)], "t")
     for node_id, entry in joined.graph.items():
