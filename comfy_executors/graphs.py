@@ -12,6 +12,7 @@ from comfy_executors.errors import GraphError, UIFormatError, node_label
 Graph = dict[str, dict[str, Any]]
 
 MAX_SEED = 2**64 - 1
+_MAX_BATCHES = 1_000_000  # of one run: they are all planned before the first is sent
 _SEED_INPUTS = ("seed", "noise_seed")
 _SHOWN_PROBLEMS = 10
 _EXPORT_HINT = (
@@ -257,10 +258,15 @@ def plan_batches(num_samples: int, batch_size: int) -> list[int]:
         batch_size: How many one batch makes at most, at least 1.
 
     Raises:
-        ValueError: One of them is below 1 or no integer.
+        ValueError: One of them is below 1 or no integer, or these are more than 1,000,000 batches.
     """
     batch_size = whole_number("batch_size", batch_size, 1)
     full, rest = divmod(whole_number("num_samples", num_samples, 1), batch_size)
+    if full + bool(rest) > _MAX_BATCHES:
+        raise ValueError(
+            f"num_samples={num_samples} at {batch_size} a batch is more than the {_MAX_BATCHES:,}"
+            " batches that one run may have: divide it into several runs"
+        )
     return [batch_size] * full + ([rest] if rest else [])
 
 

@@ -178,7 +178,7 @@ class BaseWorkflowExecutor(abc.ABC):
             workflow_template: The template.
             input_images: Paths, bytes, open files, Pillow images or `InputImage`s, for templates
                 that use `input_images` or `input_images_dir`.
-            num_samples: How many images to make.
+            num_samples: How many images to make, in 1,000,000 batches at the most.
             randomize_seed: Draw a fresh seed for each batch; off, the graph's own seeds stay, and
                 a server answers repeated batches from its cache.
             ignore_errors: Go on when a batch fails: deliver what worked, and keep the errors on

@@ -187,6 +187,7 @@ USAGE = [
     (["run"], "TEMPLATE"),
     (["run", "none.jinja"], "cannot read the template none.jinja: No such file or directory"),
     (["run", "bench.jinja", "--num-samples", "0"], "a whole number from 1"),
+    (["run", "bench.jinja", "--num-samples", "3000000000"], "the 1,000,000 batches that one run"),
     (["run", "bench.jinja", "--timeout", "inf"], "a number of seconds"),
     (["run", "bench.jinja", "--seed", "-1"], "a whole number from 0"),
     (["run", "bench.jinja", "--seed", str(2**64 - 1), "--num-samples", "2"], "seed"),

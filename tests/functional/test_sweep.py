@@ -99,13 +99,14 @@ def test_a_row_that_fails_stops_no_other(
         ["h"],
         {"prompt": "i", "input_images": ["none.png"]},
         {"prompt": "j", "seconds": {1, 2}},
-        {"prompt": "k"},
+        {"prompt": "k", "num_samples": 3_000_000_000},
+        {"prompt": "l"},
     ]
     results = list(executor.map_workflows(TEMPLATE, rows, ordered=True))
     errors = {result.index: result.error for result in results if result.error}
     assert [result.row for result in results] == rows
-    assert [result.index for result in results if len(result.images) == 1] == [0, 10]
-    assert sorted(errors) == list(range(1, 10))
+    assert [result.index for result in results if len(result.images) == 1] == [0, 11]
+    assert sorted(errors) == list(range(1, 11))
     assert isinstance(errors[1], NodeExecutionError)
     assert isinstance(errors[2], TemplateVariablesError)
     assert "promt (did you mean prompt?)" in str(errors[2])
@@ -115,7 +116,8 @@ def test_a_row_that_fails_stops_no_other(
     assert "pass batch_size=" in str(errors[6])
     assert "a row is a mapping of variables, not list" in str(errors[7])
     assert isinstance(errors[8], InputImageError)
-    assert texts(server) == {"a": 1, "b": 1, "k": 1}
+    assert "the 1,000,000 batches that one run may have" in str(errors[10])
+    assert texts(server) == {"a": 1, "b": 1, "l": 1}
 
 
 def test_a_failed_row_ends_its_own_batches(server: DevServer) -> None:

@@ -264,6 +264,13 @@ def _(kit: Kit) -> Told:
     return kit.fails(TEXT, color=1, name="x", num_sample=4)
 
 
+@case(
+    "num_samples=… at … a batch is more than the 1,000,000 batches that one run may have: divide it into several runs"
+)
+def _(kit: Kit) -> Told:
+    return kit.fails(num_samples=3_000_000_000)
+
+
 @case("1 input images were given, but the template uses neither input_images nor input_images_dir")
 def _(kit: Kit) -> Told:
     return kit.fails(input_images=[b"an image"])

@@ -240,3 +240,10 @@ def test_batches_want_positive_integers(value: Any) -> None:
         plan_batches(value, 1)
     with pytest.raises(ValueError, match=f"batch_size .* not {value!r}"):
         plan_batches(1, value)
+
+
+def test_a_run_has_a_million_batches_at_the_most() -> None:
+    assert len(plan_batches(1_000_000, 1)) == len(plan_batches(7_999_999, 8)) == 1_000_000
+    for num_samples, batch_size in ((1_000_001, 1), (8_000_001, 8), (10**30, 1)):
+        with pytest.raises(ValueError, match=r"the 1,000,000 batches that one run may have"):
+            plan_batches(num_samples, batch_size)
