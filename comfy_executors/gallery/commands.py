@@ -50,16 +50,23 @@ def _escaped(letter: str) -> str:
 def variable_options(variables: Mapping[str, Any]) -> list[str]:
     """Write variables as options: text as `--var`, everything else as `--var-json`.
 
+    So is text that no argument can hold, for a NUL or half a surrogate pair in it: JSON escapes
+    these.
+
     Raises:
         TypeError, ValueError: JSON cannot express one.
     """
     options = []
     for name, value in variables.items():
-        if isinstance(value, str):
+        if isinstance(value, str) and not any(map(_needs_json, value)):
             options += ["--var", f"{name}={value}"]
         else:
             options += ["--var-json", f"{name}={json.dumps(value, allow_nan=False)}"]
     return options
+
+
+def _needs_json(letter: str) -> bool:
+    return letter == "\0" or unicodedata.category(letter) == "Cs"
 
 
 def batch_options(seed: int | None, size: int, num_samples: int | None = None) -> list[str]:

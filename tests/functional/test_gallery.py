@@ -368,6 +368,13 @@ def test_a_command_makes_the_same_images_again(cli: Cli) -> None:
     assert_made_again(cli)
 
 
+@pytest.mark.parametrize("text", ["\\ud800 half a pair", "a \\u0000 b"])
+def test_a_command_says_what_no_argument_can_hold(cli: Cli, text: str) -> None:
+    done = cli.within("run", "bench.jinja", "--gallery", "--var-json", f'prompt="{text}"')
+    assert (done.returncode, "index.html" in done.stderr) == (0, True)
+    assert_made_again(cli)
+
+
 def test_a_command_of_a_row_makes_its_images_again(cli: Cli) -> None:
     rows = [{"prompt": HOSTILE, "num_samples": 3}, {"prompt": "b", "seed": 5}]
     (cli.folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 
@@ -49,3 +50,22 @@ def test_variables_and_batches_become_options() -> None:
     assert batch_options(None, 1) == ["--num-samples", "1", "--batch-size", "1"]
     with pytest.raises(ValueError, match="JSON"):
         variable_options({"a": float("nan")})
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@given(text=st.text(st.characters(), max_size=30))
+@example(text="\ud800 half a pair")
+@example(text="a \0 b, it's\n\U0001f98a")
+@example(text="\udc80")
+@settings(max_examples=50, deadline=None)
+def test_a_variable_arrives_whatever_its_text(shell: str, text: str) -> None:
+    option, argument = split_by(shell, shell_command(variable_options({"prompt": text})))
+    name, _, value = argument.partition("=")
+    taken = json.loads(value) if option == "--var-json" else value
+    assert (name, as_sent(taken)) == ("prompt", as_sent(text))
+
+
+def as_sent(text: str) -> str:
+    """Return a text as the server gets it; two halves of a pair that meet are one character."""
+    made: str = json.loads(json.dumps(text))
+    return made
