@@ -22,10 +22,11 @@ from comfy_executors import (
 
 logger = logging.getLogger(__name__)
 
-# The first that fits counts. The sentence of a 400 is for the client: it names node, input, value
-# and reason. What a server or a node says is for the log: it may name addresses and paths.
+# The first that fits counts. What these errors say is for the log: it may name addresses, paths
+# and models of ours.
 ANSWERS = [
-    ((TemplateError, GraphError, InputImageError, WorkflowRejectedError), 400, None),
+    (InputImageError, 400, "That image cannot be used."),
+    ((TemplateError, GraphError, WorkflowRejectedError), 500, "This site is not set up correctly."),
     (WorkflowTimeoutError, 504, "It took too long."),
     (ServerUnreachableError, 503, "The image server does not answer."),
     (ServerNotReadyError, 503, "The image server is still starting."),
@@ -33,16 +34,22 @@ ANSWERS = [
     (OutputFileError, 500, "The images could not be saved."),
     (ComfyExecutorsError, 502, "The image server failed."),
 ]
+VALUE_PROBLEMS = {"value_smaller_than_min", "value_bigger_than_max", "invalid_input_type"}
 RETRY_AFTER = "10"  # seconds
 
 
 def describe(error):
-    """Return the status of an error and a sentence that a client may see; log the others."""
+    """Return the status of an error and a sentence that a client may see; log what it may not."""
+    if isinstance(error, WorkflowRejectedError) and is_about_values(error):
+        return 400, str(error)  # node, input, value and reason
     status, sentence = next((s, text) for kinds, s, text in ANSWERS if isinstance(error, kinds))
-    if sentence is None:
-        return status, str(error)
     logger.error("%s: %s", type(error).__name__, error)
     return status, sentence
+
+
+def is_about_values(error):
+    """Tell whether ComfyUI refused nothing but values that a client may have given."""
+    return {problem.kind for problem in error.problems} <= VALUE_PROBLEMS and bool(error.problems)
 
 
 def answers_errors(view):

@@ -3,7 +3,7 @@ import json
 import mimetypes
 
 from django.conf import settings
-from django.http import FileResponse, HttpResponse, JsonResponse, StreamingHttpResponse
+from django.http import FileResponse, Http404, HttpResponse, JsonResponse, StreamingHttpResponse
 from django.shortcuts import get_object_or_404, render
 from django.urls import reverse
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
@@ -134,4 +134,7 @@ def job(request, job_id):
 def picture(request, job_id, picture_id):
     """Answer with one image of a job."""
     found = get_object_or_404(Picture, pk=picture_id, job_id=job_id)
-    return FileResponse(open(settings.MEDIA_ROOT / found.file, "rb"))  # which closes it
+    try:
+        return FileResponse(open(settings.MEDIA_ROOT / found.file, "rb"))  # which closes it
+    except FileNotFoundError as error:
+        raise Http404("this picture is gone") from error

@@ -94,5 +94,5 @@ def test_an_error_is_told_on_the_page(visit):
         browser = visit(comfyui)
         fill(browser, "a fox", 1)
         status = browser.find_element(By.ID, "status")
-        wait(browser, lambda: "is not on the server" in status.text)
+        wait(browser, lambda: "not set up correctly" in status.text)
         assert pictures(browser) == []

@@ -2,7 +2,11 @@
 
 import base64
 import json
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 from django.test import Client
@@ -125,6 +129,14 @@ def test_unknown_jobs_and_pictures_are_404(client):
     assert client.get(f"/jobs/{job.id}/pictures/1").status_code == 404
 
 
+@pytest.mark.django_db
+def test_a_picture_whose_file_is_gone_is_a_404(client, settings, tmp_path):
+    settings.MEDIA_ROOT = tmp_path
+    job = Job.objects.create(num_samples=1)
+    picture = job.pictures.create(file="gone.png")
+    assert client.get(f"/jobs/{job.id}/pictures/{picture.id}").status_code == 404
+
+
 @pytest.mark.parametrize("url", ["/image", "/stream", "/jobs"])
 def test_a_bad_form_is_a_400_and_sends_nothing(client, comfyui, url):
     response = client.post(url, {"prompt": "", "steps": 1000, "num_samples": 1})
@@ -133,20 +145,58 @@ def test_a_bad_form_is_a_400_and_sends_nothing(client, comfyui, url):
     assert comfyui.prompts == []
 
 
-def test_a_template_that_wants_other_variables_is_a_400(client, comfyui, settings, tmp_path):
-    other = tmp_path / "other.json.jinja"
-    other.write_text('{"1": {"class_type": "EmptyImage", "inputs": {"color": {{ color }}}}}')
-    settings.COMFY_TEMPLATE = other
+@pytest.mark.parametrize(
+    ("text", "logged"),
+    [
+        ('{"1": {"class_type": "EmptyImage", "inputs": {"color": {{ color }}}}}', "missing var"),
+        ("[{{ prompt }}, {{ steps }}]", "this is a list"),
+    ],
+)
+def test_a_template_that_does_not_fit_is_our_fault(
+    client, comfyui, settings, tmp_path, caplog, text, logged
+):
+    settings.COMFY_TEMPLATE = tmp_path / "other.json.jinja"
+    settings.COMFY_TEMPLATE.write_text(text)
     response = client.post("/image", {"prompt": "a fox", "steps": 3})
-    assert response.status_code == 400
-    assert "missing variables: color" in response.json()["error"]
+    assert response.status_code == 500
+    assert response.json() == {"error": "This site is not set up correctly."}
+    assert logged in caplog.text
+    assert comfyui.prompts == []
 
 
-def test_a_refused_workflow_is_a_400_that_says_why(client, comfy_dev_server_factory, settings):
-    settings.COMFY_SERVER = comfy_dev_server_factory(checkpoints=["other.safetensors"]).address
+def test_a_model_that_is_missing_is_our_fault(client, comfy_dev_server_factory, settings, caplog):
+    settings.COMFY_SERVER = comfy_dev_server_factory(checkpoints=["sd_xl_ours.safetensors"]).address
+    response = client.post("/image", {"prompt": "a fox", "steps": 3})
+    assert response.status_code == 500
+    assert "sd_xl" not in response.content.decode()  # which models there are is for the log
+    assert '"sd_xl_base_1.0.safetensors" is not on the server' in caplog.text
+
+
+def test_a_value_that_is_refused_is_a_400_that_says_why(client, comfyui, settings, tmp_path):
+    small = tmp_path / "small.json.jinja"
+    text = settings.COMFY_TEMPLATE.read_text()
+    small.write_text(text.replace('"width": 512', '"width": {{ steps }}'))
+    settings.COMFY_TEMPLATE = small
     response = client.post("/image", {"prompt": "a fox", "steps": 3})
     assert response.status_code == 400
-    assert '"sd_xl_base_1.0.safetensors" is not on the server' in response.json()["error"]
+    assert "input width: 3 is below the minimum of 16" in response.json()["error"]
+
+
+@pytest.mark.parametrize("text", [None, "{% if %}"])
+def test_a_missing_or_broken_template_is_told_at_the_start(tmp_path, text):
+    path = tmp_path / "other.json.jinja"
+    if text is not None:
+        path.write_text(text)
+    done = subprocess.run(
+        [sys.executable, "manage.py", "check"],
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "COMFY_TEMPLATE": str(path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "ImproperlyConfigured: COMFY_TEMPLATE: " in done.stderr
+    assert str(path) in done.stderr
 
 
 def test_a_server_that_is_down_is_a_503(client, settings, caplog):
