@@ -7,6 +7,7 @@ import difflib
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -248,9 +249,17 @@ class WorkflowTemplate:
             parts.append(f"missing variables: {', '.join(missing)}")
         if unknown:
             parts.append(f"unknown variables: {', '.join(_with_nearest(unknown, known))}")
-        parts.append(f"the template has {', '.join(known) or 'no variables'}")
+        parts.append(f"the template has {', '.join(known) or self._how_to_get_variables()}")
         return TemplateVariablesError(
             "; ".join(parts), missing=missing, unknown=unknown, known=known, source=self.source
+        )
+
+    def _how_to_get_variables(self) -> str:
+        source = self.source or ""
+        export = "EXPORT" if not source or "://" in source else shlex.quote(source)
+        return (
+            f"no variables; `comfy-executors template {export} -o FILE` makes a template with some"
+            " of an export, and so does from_graph(graph, auto=True) in Python"
         )
 
     def _parsed(self, rendered: Rendered) -> Any:

@@ -276,6 +276,11 @@ def _(kit: Kit) -> Told:
     return kit.fails(input_images=[b"an image"])
 
 
+@case("unknown variables: prompt; the template has no variables; …")
+def _(kit: Kit) -> Told:
+    return kit.fails(prompt="a fox")
+
+
 @case(
     "missing variables: input_images; the template has color, input_images; pass input_images=[…]"
 )

@@ -90,6 +90,25 @@ def test_an_unknown_variable_alone_is_an_error() -> None:
     assert (caught.value.missing, caught.value.unknown) == ((), ("zzz",))
 
 
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        (None, "EXPORT"),
+        ("cn.json", "cn.json"),
+        ("my export.json", "'my export.json'"),
+        ("https://host/cn.json", "EXPORT"),
+    ],
+)
+def test_without_any_variables_it_is_said_how_to_get_some(source: str | None, named: str) -> None:
+    with pytest.raises(TemplateVariablesError) as caught:
+        WorkflowTemplate("{}", source=source).render(prompt="a fox")
+    assert caught.value.message == (
+        "unknown variables: prompt; the template has no variables;"
+        f" `comfy-executors template {named} -o FILE` makes a template with some of an export,"
+        " and so does from_graph(graph, auto=True) in Python"
+    )
+
+
 def test_a_variable_with_a_guard_elsewhere_is_missing_where_it_has_none() -> None:
     template = WorkflowTemplate("{{ x|default(1) }}\n{{ x }}")
     with pytest.raises(TemplateVariablesError) as caught:
