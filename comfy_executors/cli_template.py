@@ -22,9 +22,11 @@ from comfy_executors.graphs import (
     find_seeds,
     is_ui_format,
     node_title,
+    unwrapped,
 )
 from comfy_executors.node_info import read_object_info, shown
 from comfy_executors.parametrize import Parameter, find_parameters
+from comfy_executors.saving import write_whole
 from comfy_executors.template_text import write_template
 
 _SHOWN_VALUE = 40
@@ -75,7 +77,7 @@ def template(args: argparse.Namespace) -> int:
 
 
 def _graph(args: argparse.Namespace) -> Graph:
-    workflow = _read(args.export)
+    workflow = unwrapped(_read(args.export))
     if is_ui_format(workflow) and (args.object_info or args.server):
         workflow = convert_export(workflow, _object_info(args))
     check_graph(workflow, source=args.export)
@@ -88,8 +90,12 @@ def _read(path: str) -> Any:
         return json.loads(Path(path).read_text("utf-8-sig"))
     except OSError as error:
         raise UsageError(f"cannot read the export {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{path} is no export, which is JSON text; a picture has to be opened in ComfyUI, and"
+            " its workflow exported there with Workflow > Export (API)"
+        ) from error
     except (ValueError, RecursionError) as error:
-        # A UnicodeDecodeError is a ValueError, too.
         raise UsageError(f"{path} is no export, which is JSON: {error}") from error
 
 
@@ -105,8 +111,7 @@ def _object_info(args: argparse.Namespace) -> Any:
 
 def _write(path: Path, text: str, force: bool) -> None:
     try:
-        with open(path, "w" if force else "x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        write_whole(text.encode("utf-8"), path, over=force)
     except FileExistsError as error:
         raise UsageError(f"{path} is there already: --force writes over it") from error
     except OSError as error:

@@ -64,6 +64,12 @@ def check_graph(graph: Any, *, source: str | None = None) -> None:
             raise GraphError(place + _listed(problems), node_id=problems[0][0])
 
 
+def unwrapped(workflow: Any) -> Any:
+    """Return the graph in the body of a request, `{"prompt": …}`, and anything else as it is."""
+    inner = workflow.get("prompt") if isinstance(workflow, dict) else None
+    return inner if _looks_like_graph(inner) else workflow
+
+
 def is_ui_format(graph: Any) -> bool:
     """Return whether something is a workflow as ComfyUI's editor saves it."""
     if not isinstance(graph, dict):

@@ -94,6 +94,33 @@ def save_bytes(data: bytes, target: Path) -> Path:
         raise OutputFileError(f"cannot save {str(target)!r}: {reason}") from error
 
 
+def write_whole(data: bytes, target: Path, *, over: bool) -> None:
+    """Write a file so that it is there whole or as it was before.
+
+    Args:
+        data: The content.
+        target: The file.
+        over: Whether to write over one that is there.
+
+    Raises:
+        FileExistsError: It is there, and `over` is off.
+        OSError: It cannot be written.
+    """
+    if over and target.exists() and not target.is_file():
+        target.write_bytes(data)  # a pipe or a device, which must not be replaced
+        return
+    target = Path(os.path.realpath(target))  # what a symbolic link leads to, not the link
+    temporary = target.parent / f".saving-{uuid.uuid4().hex}"
+    try:
+        _write_through(temporary, data)
+        if over:
+            os.replace(temporary, target)
+        elif not _claim(temporary, target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _write_through(path: Path, data: bytes) -> None:
     # os.open lets the umask decide on the mode, which the tempfile module does not.
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)

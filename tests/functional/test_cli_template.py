@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -124,12 +125,50 @@ def test_a_file_is_not_written_over_unasked(capsys: pytest.CaptureFixture[str]) 
     assert Path("mine.jinja").read_text("utf-8").startswith("{# Required: batch_size.")
 
 
+def test_the_body_of_a_request_is_unwrapped(capsys: pytest.CaptureFixture[str]) -> None:
+    graph = json.loads(SD15.read_text("utf-8"))
+    Path("body.json").write_text(json.dumps({"prompt": graph, "client_id": "a"}), "utf-8")
+    assert main(["template", "body.json"]) == 0
+    assert WorkflowTemplate(capsys.readouterr().out).render(batch_size=1) == graph
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_cannot_be_written_whole_is_not_written(force: bool) -> None:
+    target = Path("mine.jinja")
+    if force:
+        target.write_text("by hand", "utf-8")
+    before = list(Path().iterdir())
+    arguments = f"template '{SD15}' -o {target}" + " --force" * force
+    # A limit stands for a full disk.
+    command = f"ulimit -f 0; '{sys.executable}' -B -m comfy_executors {arguments}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (2, f"error: cannot write {target}: File too large\n")
+    assert list(Path().iterdir()) == before
+    assert not force or target.read_text("utf-8") == "by hand"
+
+
+def test_a_pipe_and_a_link_are_written_to() -> None:
+    os.mkfifo("pipe")
+    Path("link").symlink_to("real.jinja")
+    reader = os.open("pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert main(["template", str(SD15), "-o", "pipe", "--force"]) == 0
+        piped = os.read(reader, 1 << 16)
+    finally:
+        os.close(reader)
+    assert main(["template", str(SD15), "-o", "link", "--force"]) == 0
+    assert Path("link").is_symlink()
+    assert Path("real.jinja").read_bytes() == piped
+    assert stat.S_ISFIFO(Path("pipe").stat().st_mode)
+
+
 def write_bad_files() -> None:
     ui_export(Path("ui.json"))
     ui_export(Path("unknown.json"), "EmptyImge")
     Path("no.json").write_text("{", "utf-8")
     Path("text.json").write_bytes(b"\xff")
     Path("list.json").write_text("[]", "utf-8")
+    Path("picture.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     Path("template.jinja").write_text("{{ x }}", "utf-8")
 
 
@@ -137,6 +176,7 @@ WRONG = [
     (["absent.json"], 2, "cannot read the export absent.json"),
     (["no.json"], 2, "no.json is no export, which is JSON"),
     (["text.json"], 2, "text.json is no export"),
+    (["picture.png"], 2, "a picture has to be opened in ComfyUI, and its workflow exported"),
     (["template.jinja"], 2, "template.jinja is no export"),
     (["list.json"], 2, "list.json: a workflow is an object of nodes"),
     ([str(SD15), "-o", "absent/t.jinja"], 2, "cannot write absent/t.jinja"),
