@@ -22,7 +22,7 @@ from comfy_executors import (
 )
 
 ANSWERS = [  # the first that fits
-    ((TemplateError, WorkflowRejectedError), 400),
+    ((TemplateError, WorkflowRejectedError), 500),  # of the site, not of its clients
     (WorkflowTimeoutError, 504),
     (ServerUnreachableError, 503),
     (ComfyExecutorsError, 502),
@@ -59,7 +59,7 @@ def create_app(server=None):
     def failed(error):
         status = next(status for kinds, status in ANSWERS if isinstance(error, kinds))
         current_app.logger.error("%s: %s", type(error).__name__, error)
-        return jsonify(error=str(error) if status == 400 else "the images cannot be made"), status
+        return jsonify(error="the images cannot be made"), status
 
     return app
 

@@ -229,7 +229,7 @@ def test_a_folder_that_takes_nothing_fails_the_batch_and_stops_the_prompt(tmp_pa
     with DevServer() as server, ComfyServerWorkflowExecutor(server.address) as executor:
         template = two_samplers({"seconds": ENDLESS, "steps": 10_000})
         folder.mkdir()
-        server.faults.delay("GET", "/view", 0.2, times=1)
+        server.faults.delay("GET", "/view", 2.0, times=1)
         run = executor.submit_workflow(template, output_dir=folder)
         server.wait_for(lambda s: bool(s.prompts), PATIENCE)
         folder.rmdir()
