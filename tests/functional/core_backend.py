@@ -127,3 +127,9 @@ def call_in_thread(function: Callable[..., Any], *args: Any) -> Future[Any]:
 
     threading.Thread(target=call, name="test-caller", daemon=True).start()
     return future
+
+
+def helpers() -> list[str]:
+    """The threads that make calls side by side at present."""
+    names = [thread.name for thread in threading.enumerate()]
+    return [name for name in names if name.endswith("helper")]

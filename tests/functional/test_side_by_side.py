@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from core_backend import DEADLINE, GatedExecutor
+from core_backend import DEADLINE, GatedExecutor, helpers
 
 from comfy_executors import Batch, WorkflowCancelledError, WorkflowTimeoutError
 from comfy_executors.clients.http import Waiter
 from comfy_executors.executors.control import JobControl
-from comfy_executors.executors.side_by_side import AT_ONCE, side_by_side
+from comfy_executors.executors.side_by_side import AHEAD, AT_ONCE, side_by_side
 
 LONG = 3600.0
 
@@ -55,11 +56,6 @@ def in_a_job(work: Callable[[JobControl], Any], **options: Any) -> tuple[list[An
     return returned, run
 
 
-def helpers() -> list[str]:
-    names = [thread.name for thread in threading.enumerate()]
-    return [name for name in names if name.endswith("helper")]
-
-
 def test_a_few_at_a_time_and_in_order() -> None:
     crowd, together = Crowd(), threading.Barrier(AT_ONCE)
 
@@ -76,6 +72,35 @@ def test_a_few_at_a_time_and_in_order() -> None:
     assert run.errors == {}
     assert returned == [list(range(3 * AT_ONCE))]
     assert crowd.most == AT_ONCE
+
+
+class Result:
+    """What can be seen to be gone."""
+
+
+def test_results_that_nobody_takes_do_not_pile_up_and_those_taken_are_let_go() -> None:
+    crowd = Crowd()
+
+    def call(waiter: Waiter) -> Result:
+        with crowd:
+            return Result()
+
+    def work(control: JobControl) -> list[int]:
+        results = side_by_side([call] * 100, control)
+        begun = []
+        for count in range(1, 60):
+            gone = threading.Event()
+            weakref.finalize(next(results), gone.set)
+            crowd.wait_for(count + AHEAD)  # all that may begin now
+            begun.append(crowd.begun - count)
+            assert gone.wait(DEADLINE)
+        results.close()
+        return begun
+
+    returned, run = in_a_job(work)
+    assert run.errors == {}
+    assert {*returned[0]} == {AHEAD}
+    assert crowd.begun == 59 + AHEAD
 
 
 @pytest.mark.parametrize("count", [0, 1])
