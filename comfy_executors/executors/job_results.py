@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Union
 
+from comfy_executors.clients.http import Waiter
 from comfy_executors.errors import (
     ComfyExecutorsError,
     JobOutputLostError,
+    ServerResponseError,
 )
 from comfy_executors.executors.control import JobControl
+from comfy_executors.executors.side_by_side import side_by_side
 from comfy_executors.images import WorkflowOutput, WorkflowOutputImage, kind_of
 from comfy_executors.runs import Batch, BatchFailure, BatchResult, ProgressEvent
 from comfy_executors.wire import (
@@ -38,7 +42,8 @@ class JobResults:
         control: Who is told of progress.
         batches: The batches by their number in the job.
         server: The address of the backend, without keys.
-        fetch: Gets an output that its event only names; None where it is gone for good.
+        fetch: Gets an output that its event only names, on any thread; None where it is gone for
+            good.
         output_dir: Where outputs are saved as they come, if anywhere.
 
     Attributes:
@@ -51,7 +56,7 @@ class JobResults:
         control: JobControl,
         batches: Mapping[int, Batch],
         server: str,
-        fetch: Callable[[WholeOutput], bytes | None],
+        fetch: Callable[[WholeOutput, Waiter], bytes | None],
         output_dir: Path | None = None,
     ) -> None:
         self._control = control
@@ -91,20 +96,35 @@ class JobResults:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" * (len(missing) > 5))
         return JobOutputLostError(f"{how} {shown}", job_id=self.job_id, server=self._server)
 
-    def take(self, event: Any) -> Iterator[Settled]:
-        """Take an event, and yield what becomes of batches by it.
+    def take(self, events: Iterable[Any]) -> Iterator[Settled]:
+        """Take the events of one answer, and yield what becomes of batches by them.
+
+        Outputs that the events only name are fetched a few at a time; they count in order.
 
         Raises:
-            ServerResponseError: It is no event.
+            ServerResponseError: One is no event, or as `fetch` does.
+            OutputFileError: An output cannot be saved.
         """
-        news_of_event = self._assembler.add(event)
+        news: list[News] = []
+        for event in events:
+            try:
+                added = self._add(event)
+            except ServerResponseError:
+                yield from self._hear_all(news)
+                raise
+            news += added
+            # What is only named waits for more of its kind; with bytes it would take memory.
+            if any(isinstance(item, WholeOutput) and item.data is not None for item in added):
+                yield from self._hear_all(news)
+                news = []
+        yield from self._hear_all(news)
+
+    def _add(self, event: Any) -> list[News]:
+        news = self._assembler.add(event)
         self._tell_of_others(event.get("batch"))
         # The event that says so may be lost, and any other shows it as well.
         self.started = self.started or bool(event)
-        for news in news_of_event:
-            settled = self._hear(news)
-            if settled is not None:
-                yield settled
+        return news
 
     def _tell_of_others(self, number: Any) -> None:
         if self._told_of_others or not isinstance(number, int) or number in self._batches:
@@ -141,22 +161,30 @@ class JobResults:
         index = self._batches[number].index
         self._control.progress(ProgressEvent(kind, index, job_id=self.job_id, **facts))
 
-    def _hear(self, news: News) -> Settled | None:
+    def _hear_all(self, news: Sequence[News]) -> Iterator[Settled]:
+        calls = [
+            partial(self._fetch_whole, item)
+            for item in news
+            if isinstance(item, WholeOutput) and item.data is None
+        ]
+        with contextlib.closing(side_by_side(calls, self._control)) as fetched:
+            for item in news:
+                yield from self._hear(item, fetched)
+
+    def _hear(self, news: News, fetched: Iterator[bytes | None]) -> Iterator[Settled]:
         if isinstance(news, Progress):
             if news.event.kind != "queued":  # which it was on the backend
                 self.tell(number=news.batch, **vars(news.event))
         elif isinstance(news, WholeOutput):
-            self._keep(news)
+            # In order and on this thread, while others are fetched and made.
+            self._keep(news, news.data if news.data is not None else next(fetched))
         elif isinstance(news, Failed) and news.batch is not None:
             self._discard(news.batch)
-            return BatchFailure(self._batches[news.batch].index, self.name_job(news.error))
+            yield BatchFailure(self._batches[news.batch].index, self.name_job(news.error))
         elif isinstance(news, CompleteBatch):
-            return self._result(news)
-        return None
+            yield from self._result(news)
 
-    def _keep(self, whole: WholeOutput) -> None:
-        """Take an output, or fetch one that is elsewhere, while others are still made."""
-        data = whole.data if whole.data is not None else self._fetch_whole(whole)
+    def _keep(self, whole: WholeOutput, data: bytes | None) -> None:
         if data is None:
             self._lost.append(f"{whole.name} of batch {whole.batch}")
             return
@@ -165,9 +193,9 @@ class JobResults:
             output._save_and_release(self._output_dir)
         self._made.setdefault(whole.batch, {})[whole.output] = output
 
-    def _fetch_whole(self, whole: WholeOutput) -> bytes | None:
+    def _fetch_whole(self, whole: WholeOutput, waiter: Waiter) -> bytes | None:
         for _ in range(_FETCHES):
-            data = self._fetch(whole)
+            data = self._fetch(whole, waiter)
             if data is None or whole.matches(data):
                 return data
             logger.warning("%s of job %s came broken", whole.name, self.job_id)
@@ -178,17 +206,17 @@ class JobResults:
             if output.path is not None:
                 output.path.unlink(missing_ok=True)
 
-    def _result(self, complete: CompleteBatch) -> Settled | None:
+    def _result(self, complete: CompleteBatch) -> Iterator[BatchResult]:
         made = self._made.get(complete.batch, {})
         if any(whole.output not in made for whole in complete.outputs):
-            return None  # it could not be fetched
+            return  # it could not be fetched
         # What else there is was made by another attempt, and is not part of this one.
         outputs = [made.pop(whole.output) for whole in complete.outputs]
         for output in outputs:
             output.prompt_id = complete.prompt_id
         batch = self._batches[complete.batch]
         images = [output for output in outputs if isinstance(output, WorkflowOutputImage)]
-        return BatchResult(
+        yield BatchResult(
             batch.index,
             images,
             [output for output in outputs if not isinstance(output, WorkflowOutputImage)],

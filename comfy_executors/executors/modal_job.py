@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from comfy_executors.clients.http import DeadlineWaiter
+from comfy_executors.clients.http import DeadlineWaiter, Waiter
 from comfy_executors.clients.modal import MAX_WAIT, ModalClient, digest_of
 from comfy_executors.clients.modal_answers import DONE, QUEUED, ModalJob
 from comfy_executors.clients.modal_refusals import MissingInputsError
@@ -171,15 +171,14 @@ class ModalJobRun:
         if isinstance(news, ComfyExecutorsError):
             raise news
         budgets.see(news.state == QUEUED)
-        for event in news.events:
-            yield from self._results.take(event)
+        yield from self._results.take(news.events)
         if news.is_final:
             self._end = news
 
-    def _fetch(self, output: WholeOutput) -> bytes | None:
+    def _fetch(self, output: WholeOutput, waiter: Waiter) -> bytes | None:
         """Fetch an output from the app; None where it is gone."""
         try:
-            return self._client.output(output.url or "", self._control)
+            return self._client.output(output.url or "", waiter)
         except JobLostError as error:
             reason: ComfyExecutorsError = error
         except ServerResponseError as error:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from comfy_executors.clients.http import DeadlineWaiter
+from comfy_executors.clients.http import DeadlineWaiter, Waiter
 from comfy_executors.clients.result_files import fetch_result
 from comfy_executors.clients.runpod import RunPodClient
 from comfy_executors.clients.runpod_answers import (
@@ -171,8 +171,7 @@ class RunPodJobRun:
         while self._results.unsettled:
             answer = self._poll()
             with contextlib.closing(answer):
-                for chunk in answer.chunks:
-                    yield from self._take(chunk)
+                yield from self._results.take(self._events(answer.chunks))
             status = answer.status or self._ask().status
             self._budgets.see(status == IN_QUEUE)
             if not self._budgets.in_queue:
@@ -226,8 +225,8 @@ class RunPodJobRun:
         self._ended = True
         if status.status == "COMPLETED" and not isinstance(status.output, list):
             self.output = status.output
-        for event in status.output if isinstance(status.output, list) else ():
-            yield from self._take(event)
+        if isinstance(status.output, list):
+            yield from self._results.take(self._events(status.output))
 
     def _new_budgets(self) -> JobBudgets:
         return JobBudgets(
@@ -242,16 +241,18 @@ class RunPodJobRun:
 
     # What comes.
 
-    def _take(self, chunk: Any) -> Iterator[Settled]:
-        if not isinstance(chunk, dict) or (chunk and "kind" not in chunk):
-            self.output = chunk
-            return
-        yield from self._results.take(chunk)
+    def _events(self, chunks: Iterable[Any]) -> Iterator[Any]:
+        """Yield those that are events; any other is what another worker answered."""
+        for chunk in chunks:
+            if isinstance(chunk, dict) and (not chunk or "kind" in chunk):
+                yield chunk
+            else:
+                self.output = chunk
 
-    def _fetch(self, output: WholeOutput) -> bytes | None:
+    def _fetch(self, output: WholeOutput, waiter: Waiter) -> bytes | None:
         """Fetch what lies in a bucket; None where it is gone."""
         try:
-            return fetch_result(output.url or "", self._control, size=output.size)
+            return fetch_result(output.url or "", waiter, size=output.size)
         except ServerError as error:
             logger.warning("%s of job %s cannot be fetched: %s", output.name, self.job_id, error)
             return None

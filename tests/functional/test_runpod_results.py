@@ -9,7 +9,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
@@ -40,6 +40,7 @@ from comfy_executors import (
 from comfy_executors.clients.http import DeadlineWaiter
 from comfy_executors.devserver import DevServer
 from comfy_executors.executors import runpod_job
+from comfy_executors.executors.side_by_side import AT_ONCE
 from comfy_executors.testing import RunPodStub, RunPodWorkerProcess
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -52,6 +53,7 @@ class Store:
     Attributes:
         puts, gets: The requests so far, as headers with their path under `:path`.
         answers: Statuses, or contents, of the next fetches instead of the truth.
+        together: Where fetches wait for each other, if anywhere.
     """
 
     def __init__(self) -> None:
@@ -59,13 +61,18 @@ class Store:
         self.puts: list[dict[str, str]] = []
         self.gets: list[dict[str, str]] = []
         self.answers: deque[int | bytes] = deque()
+        self.together: threading.Barrier | None = None
         self.url = ""
 
     def clear(self) -> None:
         for kept in (self.objects, self.puts, self.gets, self.answers):
             kept.clear()
+        self.together = None
 
     def answer(self, path: str) -> tuple[int, bytes]:
+        if self.together is not None:
+            with suppress(threading.BrokenBarrierError):  # the test sees that it is
+                self.together.wait(PATIENCE)
         planned = self.answers.popleft() if self.answers else 200
         if isinstance(planned, bytes):
             return 200, planned
@@ -221,8 +228,10 @@ def test_what_is_gone_or_broken_in_a_bucket_costs_only_its_batch(
 def test_a_job_with_a_bucket_is_taken_up_whole(stub: RunPodStub, store: Store) -> None:
     with executor_for(stub) as first:
         first.submit_workflow(bench(), num_samples=8).result(PATIENCE)
+    store.together = threading.Barrier(AT_ONCE)  # all of them are known at once
     with executor_for(stub) as second:
         delivered(second.attach(stub.jobs[0].id, 8), 8)
+    assert not store.together.broken
     assert (len(stub.jobs), len(store.puts), len(store.gets)) == (1, 8, 16)
 
 
