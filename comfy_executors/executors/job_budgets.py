@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 from comfy_executors.errors import JobTimeoutError
 from comfy_executors.executors.control import JobControl
@@ -15,6 +16,21 @@ _EXPLAIN_SECONDS = 15.0
 _ASK_SECONDS = (1.0, 3.0)
 
 
+@dataclass(frozen=True)
+class JobLimits:
+    """How long a job may wait and run.
+
+    Args:
+        queue_timeout: Seconds that it may wait for a worker.
+        execution_timeout: Seconds that it may run.
+        overtime: Seconds that are granted on top, for a backend that keeps the limit itself.
+    """
+
+    queue_timeout: float
+    execution_timeout: float
+    overtime: float = 0.0
+
+
 class JobBudgets:
     """Counts what a job has used of its two budgets, and explains a queue that does not move.
 
@@ -23,9 +39,7 @@ class JobBudgets:
         results: The job, which is named in errors, and by which explanations are told.
         watch: Who explains the queue.
         server: The address of the backend, without keys.
-        queue_timeout: Seconds that the job may wait.
-        execution_timeout: Seconds that it may run.
-        overtime: Seconds that are granted on top, for a backend that keeps the limit itself.
+        limits: The budgets.
     """
 
     def __init__(
@@ -34,18 +48,13 @@ class JobBudgets:
         results: JobResults,
         watch: QueueWatch,
         server: str,
-        *,
-        queue_timeout: float,
-        execution_timeout: float,
-        overtime: float = 0.0,
+        limits: JobLimits,
     ) -> None:
         self._control = control
         self._results = results
         self._watch = watch
         self._server = server
-        self._queue_timeout = queue_timeout
-        self._execution_timeout = execution_timeout
-        self._overtime = overtime
+        self._limits = limits
         self.in_queue = True
         self._since = time.monotonic()
         self._explained = float("-inf")
@@ -58,14 +67,16 @@ class JobBudgets:
 
     def left(self) -> float:
         """Return what is left of the budget, in seconds, at least 0."""
-        budget = self._queue_timeout if self.in_queue else self._execution_timeout + self._overtime
+        limits = self._limits
+        running = limits.execution_timeout + limits.overtime
+        budget = limits.queue_timeout if self.in_queue else running
         return max(0.0, budget - self._seconds())
 
     def until_explanation(self) -> float:
         """Return the seconds until a queue that does not move is to be explained."""
         if not self.in_queue:
             return float("inf")
-        stuck = min(_STUCK_SECONDS, self._queue_timeout / 2)
+        stuck = min(_STUCK_SECONDS, self._limits.queue_timeout / 2)
         due = max(stuck, self._explained + _EXPLAIN_SECONDS)
         return max(0.0, due - self._seconds())
 
@@ -82,11 +93,11 @@ class JobBudgets:
             return
         if not self.in_queue:
             raise self._timeout(
-                f"ran longer than its execution timeout of {self._execution_timeout:g} s"
+                f"ran longer than its execution timeout of {self._limits.execution_timeout:g} s"
             )
         words = self._watch.words  # who waited long enough is not kept waiting for more
         raise self._timeout(
-            f"waited {self._queue_timeout:g} s for a worker" + (f": {words}" * bool(words))
+            f"waited {self._limits.queue_timeout:g} s for a worker" + (f": {words}" * bool(words))
         )
 
     def _explain(self) -> None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 
 from comfy_executors.clients.http import DeadlineWaiter, Waiter
 from comfy_executors.clients.modal import (
@@ -18,9 +16,9 @@ from comfy_executors.clients.modal import (
     input_too_large,
 )
 from comfy_executors.clients.modal_answers import ModalHealth
-from comfy_executors.errors import ComfyExecutorsError, PromptLostError
 from comfy_executors.executors.control import JobControl
-from comfy_executors.executors.modal_job import JobLimits, ModalJobRun, cancel_job
+from comfy_executors.executors.job_budgets import JobLimits
+from comfy_executors.executors.modal_job import ModalJobRun, cancel_job
 from comfy_executors.executors.modal_poller import JobPoller
 from comfy_executors.executors.once import Once
 from comfy_executors.executors.queue_watch import QueueWatch
@@ -39,7 +37,6 @@ from comfy_executors.runs import (
     BatchResult,
     Job,
     ProgressCallback,
-    RunOptions,
     WorkflowRun,
 )
 
@@ -137,14 +134,10 @@ class ModalWorkflowExecutor(ServerlessWorkflowExecutor):
         batches = [
             Batch(index, batch.size, batch.seed, unknown_graph) for index, batch in enumerate(told)
         ]
-        options = RunOptions(
-            ordered=ordered,
-            ignore_errors=ignore_errors,
-            timeout=timeout,
-            on_progress=on_progress,
-            output_dir=None if output_dir is None else Path(output_dir),
+        numbers = [batch.number for batch in told]
+        return self._attach(
+            call_id, batches, numbers, ordered, ignore_errors, timeout, on_progress, output_dir
         )
-        return self._attach(call_id, batches, [batch.number for batch in told], options)
 
     def health(self, waiter: Waiter | None = None) -> ModalHealth:
         """Ask the app whether it is there, and how busy it is; this wakes no GPU container.
@@ -178,26 +171,16 @@ class ModalWorkflowExecutor(ServerlessWorkflowExecutor):
         run = self._new_run({batch.index: batch for batch in job.batches}, job, control)
         graphs = [job_graph(batch) for batch in job.batches]
         document = self._document(_request_id(control), graphs, job, control)
-        yield from self._see_through(run, partial(run.submit, document), control)
+        run.submit(document)
+        yield from run.follow()
+        run.raise_for_rest()
 
     def _follow_attached(
         self, job: AttachedJob, control: JobControl
     ) -> Iterator[BatchResult | BatchFailure]:
         run = self._new_run(attached_batches(job), job, control)
-        yield from self._see_through(run, partial(run.attach, job.attachment.job_id), control)
-
-    def _see_through(
-        self, run: ModalJobRun, begin: Callable[[], None], control: JobControl
-    ) -> Iterator[BatchResult | BatchFailure]:
-        """Begin a job and follow it to its end; whatever stops us on the way, it is cancelled."""
-        try:
-            begin()
-            yield from run.follow()
-        except BaseException as error:
-            if isinstance(error, ComfyExecutorsError) and not isinstance(error, PromptLostError):
-                control.give_up(error)  # nobody waits until Modal has answered the cancelling
-            run.cancel()
-            raise
+        run.attach(job.attachment.job_id)
+        yield from run.follow()
         run.raise_for_rest()
 
     def _new_run(self, batches: Mapping[int, Batch], job: Job, control: JobControl) -> ModalJobRun:

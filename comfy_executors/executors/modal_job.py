@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -21,8 +20,9 @@ from comfy_executors.errors import (
     WaitTimeoutError,
 )
 from comfy_executors.executors.control import JobControl
-from comfy_executors.executors.job_budgets import JobBudgets
-from comfy_executors.executors.job_results import JobResults, Settled
+from comfy_executors.executors.job_budgets import JobLimits
+from comfy_executors.executors.job_results import Settled
+from comfy_executors.executors.job_run import JobRun
 from comfy_executors.executors.modal_poller import JobPoller
 from comfy_executors.executors.once import Once
 from comfy_executors.executors.queue_watch import QueueWatch
@@ -35,15 +35,7 @@ _CANCEL_SECONDS = 20.0
 _INPUT_ROUNDS = 3
 
 
-@dataclass(frozen=True)
-class JobLimits:
-    """How long a job may wait and run; see `ModalWorkflowExecutor`."""
-
-    queue_timeout: float
-    execution_timeout: float
-
-
-class ModalJobRun:
+class ModalJobRun(JobRun):
     """A job that is followed to its end.
 
     Args:
@@ -68,15 +60,10 @@ class ModalJobRun:
         inputs: Once,
         output_dir: Path | None = None,
     ) -> None:
+        super().__init__(client.url, control, batches, limits, watch, output_dir)
         self._client = client
-        self._inputs = inputs
         self._poller = poller
-        self._control = control
-        self._batches = batches
-        self._limits = limits
-        self._watch = watch
-        self._results = JobResults(control, batches, client.url, self._fetch, output_dir)
-        self._budgets = self._new_budgets()
+        self._inputs = inputs
         self._request_id: str | None = None  # while a job may run that has no id yet
         self._end: ModalJob | None = None
 
@@ -88,18 +75,16 @@ class ModalJobRun:
         Raises:
             ServerError, PayloadTooLargeError, WorkflowRejectedError: The app did not take it.
         """
-        self._control.limit(0.0)
-        self._request_id = document.request_id
-        try:
-            job = self._submit(document)
-        except ServerError as error:
-            if not error.maybe_received:
-                self._request_id = None
-            raise
-        self.attach(job.id)
-        logger.info("job %s on %s has batches %s", job.id, self._client.url, [*self._batches])
-        for number in self._batches:
-            self._results.tell("queued", number)
+        with self._cancelling():
+            self._control.limit(0.0)
+            self._request_id = document.request_id
+            try:
+                job = self._submit(document)
+            except ServerError as error:
+                if not error.maybe_received:
+                    self._request_id = None
+                raise
+            self._attach_new(job.id)
 
     def _submit(self, document: JobDocument) -> ModalJob:
         for attempt in range(_INPUT_ROUNDS):
@@ -119,48 +104,21 @@ class ModalJobRun:
             put = partial(self._client.put_input, contents.get(digest, b""), self._control)
             self._inputs.do(digest, self._control, put)
 
-    def attach(self, job_id: str) -> None:
-        """Take up a job that was submitted before; its budgets count from here."""
-        self._results.job_id = job_id
-        self._budgets = self._new_budgets()
-
-    def _new_budgets(self) -> JobBudgets:
-        return JobBudgets(
-            self._control,
-            self._results,
-            self._watch,
-            self._client.url,
-            queue_timeout=self._limits.queue_timeout,
-            execution_timeout=self._limits.execution_timeout,
-        )
-
-    def cancel(self) -> None:
-        """Cancel the job unless it has ended, and wait until the app says that it has.
-
-        A failure to do so is logged.
-        """
-        if self._end is None and (self._results.job_id or self._request_id):
-            cancel_job(self._client, self._results.job_id, self._request_id)
+    def _cancel(self) -> None:
+        if self._end is None and (self.job_id or self._request_id):
+            cancel_job(self._client, self.job_id, self._request_id)
 
     # Following.
 
-    def follow(self) -> Iterator[Settled]:
-        """Yield what becomes of each batch, until all are settled or the job has ended.
-
-        Raises:
-            JobTimeoutError: A budget is used up.
-            ServerError: The app cannot be asked.
-        """
-        job_id = self._results.job_id
+    def _follow(self) -> Iterator[Settled]:
+        job_id = self.job_id
         assert job_id is not None
         self._poller.follow(job_id, self._control.post)
         try:
             while self._results.unsettled and self._end is None:
-                with self._results.naming_job():
-                    yield from self._take_news()
+                yield from self._take_news()
         finally:
             self._poller.leave(job_id, self._control.post)
-            self._results.discard()
 
     def _take_news(self) -> Iterator[Settled]:
         budgets = self._budgets
@@ -176,7 +134,6 @@ class ModalJobRun:
             self._end = news
 
     def _fetch(self, output: WholeOutput, waiter: Waiter) -> bytes | None:
-        """Fetch an output from the app; None where it is gone."""
         try:
             return self._client.output(output.url or "", waiter)
         except JobLostError as error:
@@ -185,30 +142,18 @@ class ModalJobRun:
             if error.status not in (None, 404, 410):
                 raise
             reason = error
-        logger.warning("%s of job %s is gone: %s", output.name, self._results.job_id, reason)
+        logger.warning("%s of job %s is gone: %s", output.name, self.job_id, reason)
         return None
 
     # Ending.
 
-    def raise_for_rest(self) -> None:
-        """Say why batches have no result, if some have none.
-
-        Raises:
-            JobOutputLostError: The job made them, and they were lost on the way.
-            WorkflowError: Any other reason.
-        """
-        if not self._results.missing():
-            return
-        if self._results.error is not None:
-            raise self._results.error
+    def _failure(self) -> ComfyExecutorsError:
         end = self._end
         if end is None or end.state == DONE:
-            raise self._results.lost("ended, and there is no")
+            return self._results.lost("ended, and there is no")
         if end.failure is not None:
-            raise self._results.name_job(end.failure)
-        raise JobError(
-            f"ended as {end.state}", job_id=self._results.job_id, server=self._client.url
-        )
+            return end.failure
+        return JobError(f"ended as {end.state}", job_id=self.job_id, server=self._server)
 
 
 def cancel_job(client: ModalClient, job_id: str | None, request_id: str | None = None) -> None:

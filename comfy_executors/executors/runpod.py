@@ -8,7 +8,6 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from comfy_executors.clients.http import DeadlineWaiter, Waiter
@@ -22,12 +21,12 @@ from comfy_executors.clients.runpod_payload import (
 )
 from comfy_executors.errors import InputImageError, RunPodJobFailedError
 from comfy_executors.executors.control import JobControl
+from comfy_executors.executors.job_budgets import JobLimits
 from comfy_executors.executors.joining import JoinedGraph, join
 from comfy_executors.executors.queue_watch import QueueWatch
 from comfy_executors.executors.remote_inputs import RemoteInputImageSet
 from comfy_executors.executors.runpod_job import RunPodJobRun, cancel_job
 from comfy_executors.executors.runpod_official import OfficialWorker
-from comfy_executors.executors.runpod_pace import JobLimits
 from comfy_executors.executors.runpod_queue import describe
 from comfy_executors.executors.serverless import (
     AttachedJob,
@@ -43,7 +42,6 @@ from comfy_executors.runs import (
     BatchResult,
     Job,
     ProgressCallback,
-    RunOptions,
     WorkflowRun,
 )
 from comfy_executors.wire import (
@@ -53,6 +51,7 @@ from comfy_executors.wire import (
 )
 
 _ROOM_BYTES = MAX_PAYLOAD_BYTES * 9 // 10  # graphs differ a little in size
+_OVERTIME_SECONDS = 30.0  # RunPod ends jobs some seconds after their limit
 WORKERS = ("auto", "comfy-executors", "worker-comfyui")
 _UNCERTAIN = ("raise", "resubmit")
 
@@ -106,9 +105,8 @@ class RunPodWorkflowExecutor(ServerlessWorkflowExecutor):
         self._client = RunPodClient(endpoint_id, api_key, base_url)
         self.endpoint_id = endpoint_id
         self.url = self._client.url
-        self._limits = JobLimits(
-            queue_timeout, execution_timeout, on_uncertain_submit == "resubmit"
-        )
+        self._limits = JobLimits(queue_timeout, execution_timeout, _OVERTIME_SECONDS)
+        self._resubmits = on_uncertain_submit == "resubmit"
         self._watch = QueueWatch(lambda waiter: describe(self._client.health(waiter)))
         self._found_worker: str | None = None
         self._official = OfficialWorker(is_known=worker == "worker-comfyui")
@@ -150,15 +148,10 @@ class RunPodWorkflowExecutor(ServerlessWorkflowExecutor):
         if num_batches < 1 or first_batch < 0:
             raise ValueError("num_batches must be at least 1, and first_batch at least 0")
         batches = [Batch(index, 1, None, unknown_graph) for index in range(num_batches)]
-        options = RunOptions(
-            ordered=ordered,
-            ignore_errors=ignore_errors,
-            timeout=timeout,
-            on_progress=on_progress,
-            output_dir=None if output_dir is None else Path(output_dir),
-        )
         numbers = range(first_batch, first_batch + num_batches)
-        return self._attach(job_id, batches, numbers, options)
+        return self._attach(
+            job_id, batches, numbers, ordered, ignore_errors, timeout, on_progress, output_dir
+        )
 
     def health(self, waiter: Waiter | None = None) -> RunPodHealth:
         """Ask for the endpoint's counts of jobs and workers.
@@ -311,7 +304,14 @@ class RunPodWorkflowExecutor(ServerlessWorkflowExecutor):
                     execution_timeout=min(limits.execution_timeout, max(low, seconds)),
                 )
         return RunPodJobRun(
-            self._client, control, batches, limits, self._watch, announced, job.output_dir
+            self._client,
+            control,
+            batches,
+            limits,
+            self._watch,
+            announced,
+            output_dir=job.output_dir,
+            resubmit=self._resubmits,
         )
 
     def _request(

@@ -24,17 +24,17 @@ from comfy_executors.clients.runpod_answers import (
 )
 from comfy_executors.errors import (
     ComfyExecutorsError,
-    PromptLostError,
     ServerError,
     SubmitUncertainError,
     WaitTimeoutError,
 )
 from comfy_executors.executors.control import JobControl
-from comfy_executors.executors.job_budgets import JobBudgets
-from comfy_executors.executors.job_results import JobResults, Settled
+from comfy_executors.executors.job_budgets import JobLimits
+from comfy_executors.executors.job_results import Settled
+from comfy_executors.executors.job_run import JobRun
 from comfy_executors.executors.queue_watch import QueueWatch
 from comfy_executors.executors.runpod_official import not_our_worker
-from comfy_executors.executors.runpod_pace import LEAST_WAIT, JobLimits, Pace
+from comfy_executors.executors.runpod_pace import LEAST_WAIT, Pace
 from comfy_executors.runs import Batch
 from comfy_executors.wire import WholeOutput
 
@@ -43,11 +43,10 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _CANCEL_SECONDS = 20.0
-_OVERTIME_SECONDS = 30.0  # RunPod ends jobs some seconds after their limit
 _TTL_SLACK = 60.0
 
 
-class RunPodJobRun:
+class RunPodJobRun(JobRun):
     """A job that is followed to its end.
 
     Args:
@@ -59,6 +58,7 @@ class RunPodJobRun:
         announced: The batches of a worker that tells no progress: they count as started when the
             job does.
         output_dir: Where outputs are saved as they come, if anywhere.
+        resubmit: Whether it is submitted again where nobody knows whether it arrived.
 
     Attributes:
         status: RunPod's last word on the job, where batches are left once `follow` has ended.
@@ -74,34 +74,17 @@ class RunPodJobRun:
         watch: QueueWatch,
         announced: Sequence[int] = (),
         output_dir: Path | None = None,
+        resubmit: bool = False,
     ) -> None:
+        super().__init__(client.url, control, batches, limits, watch, output_dir)
         self._client = client
-        self._control = control
-        self._batches = batches
-        self._limits = limits
-        self._watch = watch
-        self._results = JobResults(control, batches, client.url, self._fetch, output_dir)
+        self._resubmit = resubmit
         self.status: RunPodStatus | None = None
         self.output: Any = None
         self._announced = list(announced)
         self._pace = Pace(lambda: client.is_crowded)
-        self._budgets = self._new_budgets()
         self._is_known = False  # whether RunPod ever said a word of it to us
         self._ended = False
-
-    @property
-    def job_id(self) -> str | None:
-        """RunPod's id of the job, once it was submitted."""
-        return self._results.job_id
-
-    @property
-    def started(self) -> bool:
-        """Whether our own worker said anything."""
-        return self._results.started
-
-    def naming_job(self) -> contextlib.AbstractContextManager[None]:
-        """Write the job's id on every error of ours that leaves the block."""
-        return self._results.naming_job()
 
     # Submitting and cancelling.
 
@@ -125,47 +108,19 @@ class RunPodJobRun:
                 )
                 break
             except SubmitUncertainError as error:
-                if not self._limits.resubmit or attempt == 2:
+                if not self._resubmit or attempt == 2:
                     raise
                 logger.warning("request %s is submitted again: %s", request_id, error)
-        self.attach(job.id)
         self._is_known = True
-        logger.info("job %s on %s has batches %s", job.id, self._client.url, [*self._batches])
-        for index in self._batches:
-            self._results.tell("queued", index)
+        self._attach_new(job.id)
 
-    def attach(self, job_id: str) -> None:
-        """Take up a job that was submitted before; its budgets count from here."""
-        self._results.job_id = job_id
-        self._budgets = self._new_budgets()
-
-    def cancel(self) -> None:
-        """Cancel the job on RunPod unless it has ended; a failure to do so is logged."""
+    def _cancel(self) -> None:
         if self.job_id is None or self._ended:
             return
         self._ended = True
         cancel_job(self._client, self.job_id)
 
     # Following.
-
-    def follow(self) -> Iterator[Settled]:
-        """Yield what becomes of each batch, until all are settled or the job has ended.
-
-        Who leaves it before cancels the job.
-        """
-        try:
-            try:
-                with self.naming_job():
-                    yield from self._follow()
-            finally:
-                self._results.discard()
-        except BaseException as error:
-            if isinstance(error, ComfyExecutorsError) and not isinstance(error, PromptLostError):
-                self._control.give_up(
-                    error
-                )  # nobody waits until RunPod has answered the cancelling
-            self.cancel()
-            raise
 
     def _follow(self) -> Iterator[Settled]:
         while self._results.unsettled:
@@ -223,21 +178,10 @@ class RunPodJobRun:
             self._pace.rest(self._control)
         self.status = status
         self._ended = True
-        if status.status == "COMPLETED" and not isinstance(status.output, list):
-            self.output = status.output
         if isinstance(status.output, list):
             yield from self._results.take(self._events(status.output))
-
-    def _new_budgets(self) -> JobBudgets:
-        return JobBudgets(
-            self._control,
-            self._results,
-            self._watch,
-            self._client.url,
-            queue_timeout=self._limits.queue_timeout,
-            execution_timeout=self._limits.execution_timeout,
-            overtime=_OVERTIME_SECONDS,
-        )
+        elif status.status == "COMPLETED":
+            self.output = status.output
 
     # What comes.
 
@@ -250,7 +194,6 @@ class RunPodJobRun:
                 self.output = chunk
 
     def _fetch(self, output: WholeOutput, waiter: Waiter) -> bytes | None:
-        """Fetch what lies in a bucket; None where it is gone."""
         try:
             return fetch_result(output.url or "", waiter, size=output.size)
         except ServerError as error:
@@ -259,27 +202,14 @@ class RunPodJobRun:
 
     # Ending.
 
-    def raise_for_rest(self) -> None:
-        """Say why batches have no result, if some have none.
-
-        Raises:
-            JobOutputLostError: The worker made them, and they were lost on the way.
-            ServerResponseError: Another worker than ours answered.
-            WorkflowError: Any other reason.
-        """
-        if not self._results.missing():
-            return
-        if self._results.error is not None:
-            raise self._results.error
-        failure = self.status.failure(self._client.url) if self.status else None
+    def _failure(self) -> ComfyExecutorsError:
+        failure = self.status.failure(self._server) if self.status else None
         lost = self.started and (self.status is None or self.status.status == "COMPLETED")
         if failure is not None and not lost:
-            raise failure
+            return failure
         if not self.started and self.status is not None and self.status.is_terminal:
-            output = self.status.output if self.output is None else self.output
-            with self.naming_job():
-                raise not_our_worker(output)
-        raise self._results.lost("ended, and its stream lost")
+            return not_our_worker(self.status.output if self.output is None else self.output)
+        return self._results.lost("ended, and its stream lost")
 
 
 def cancel_job(client: RunPodClient, job_id: str) -> None:

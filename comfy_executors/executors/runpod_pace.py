@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from comfy_executors.executors.control import JobControl
 
@@ -23,15 +22,6 @@ _HELD_SECONDS = 0.9 * LEAST_WAIT
 _POLLS_PER_SECOND = 2.5  # while images come
 _SAVED_POLLS = 2.0  # how many may follow each other at once after a quiet time
 _GATHER_SECONDS = 0.03  # from news to the next poll
-
-
-@dataclass(frozen=True)
-class JobLimits:
-    """What a job is submitted with; see `RunPodWorkflowExecutor`."""
-
-    queue_timeout: float
-    execution_timeout: float
-    resubmit: bool
 
 
 class Pace:

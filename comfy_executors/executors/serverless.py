@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import abc
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from comfy_executors.errors import GraphError
 from comfy_executors.executors.base import BaseWorkflowExecutor
 from comfy_executors.executors.control import JobControl
 from comfy_executors.executors.remote_inputs import RemoteInputImageSet
 from comfy_executors.graphs import Graph, whole_number
-from comfy_executors.runs import Batch, BatchFailure, BatchResult, Job, RunOptions, WorkflowRun
+from comfy_executors.runs import (
+    Batch,
+    BatchFailure,
+    BatchResult,
+    Job,
+    ProgressCallback,
+    RunOptions,
+    WorkflowRun,
+)
 from comfy_executors.wire import JobDocument, JobGraph, JobOptions
 
 
@@ -114,9 +124,20 @@ class ServerlessWorkflowExecutor(BaseWorkflowExecutor):
         job_id: str,
         batches: Sequence[Batch],
         numbers: Sequence[int],
-        options: RunOptions,
+        ordered: bool,
+        ignore_errors: bool,
+        timeout: float | None,
+        on_progress: ProgressCallback | None,
+        output_dir: str | os.PathLike[str] | None,
     ) -> WorkflowRun:
         """Start a run that takes up a job; its batches have these numbers there."""
+        options = RunOptions(
+            ordered=ordered,
+            ignore_errors=ignore_errors,
+            timeout=timeout,
+            on_progress=on_progress,
+            output_dir=None if output_dir is None else Path(output_dir),
+        )
         attachment = Attachment(job_id, numbers)
         self._unfollowed[attachment] = job_id
         try:

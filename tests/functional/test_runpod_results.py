@@ -39,7 +39,7 @@ from comfy_executors import (
 )
 from comfy_executors.clients.http import DeadlineWaiter
 from comfy_executors.devserver import DevServer
-from comfy_executors.executors import runpod_job
+from comfy_executors.executors import runpod
 from comfy_executors.executors.side_by_side import AT_ONCE
 from comfy_executors.testing import RunPodStub, RunPodWorkerProcess
 
@@ -322,7 +322,7 @@ def test_a_signature_is_not_shown(bare: RunPodStub, store: Store) -> None:
 def test_a_job_that_outlasts_its_execution_timeout_is_cancelled(
     bare: RunPodStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runpod_job, "_OVERTIME_SECONDS", -4.0)  # before RunPod's own clock
+    monkeypatch.setattr(runpod, "_OVERTIME_SECONDS", -4.0)  # before RunPod's own clock
     with executor_for(bare, execution_timeout=5.0) as executor:
         run = executor.submit_workflow(bench(), num_samples=2)
         run.futures[0].add_done_callback(lambda _: None)
@@ -336,7 +336,7 @@ def test_a_job_that_outlasts_its_execution_timeout_is_cancelled(
 def test_a_job_whose_stream_alone_has_ended_is_not_followed_for_ever(
     bare: RunPodStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runpod_job, "_OVERTIME_SECONDS", -4.0)
+    monkeypatch.setattr(runpod, "_OVERTIME_SECONDS", -4.0)
     ended = '{"status": "COMPLETED", "stream": []}'
     bare.faults.fail("GET", "/stream/*", status=200, body=ended, times=None)
     with executor_for(bare, execution_timeout=5.0) as executor:

@@ -8,7 +8,7 @@ import pytest
 
 from comfy_executors.errors import JobTimeoutError
 from comfy_executors.executors import job_budgets
-from comfy_executors.executors.job_budgets import JobBudgets
+from comfy_executors.executors.job_budgets import JobBudgets, JobLimits
 
 
 class Time:
@@ -65,7 +65,7 @@ def told(time: Time) -> Told:
 def budgets_of(told: Any, watch: Any = None, **limits: float) -> JobBudgets:
     watch = watch or Watch()
     control: Any = None
-    return JobBudgets(control, told, watch, "https://x", **limits)
+    return JobBudgets(control, told, watch, "https://x", JobLimits(**limits))
 
 
 def test_each_change_begins_a_budget(time: Time, told: Told) -> None:
