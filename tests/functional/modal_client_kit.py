@@ -1,4 +1,7 @@
-"""What the tests of Modal share: the edge with our app behind it, job documents, short pauses."""
+"""What the tests of Modal share: the edge with our app behind it, job documents, short pauses.
+
+Fixtures are imported by name, and named in `__all__`.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,11 @@ from comfy_executors.testing import ModalEdge
 from comfy_executors.wire import InputFile, JobDocument, JobGraph
 
 PNG = b"\x89PNG\r\n\x1a\n"
+Site = tuple[DevServer, ModalEdge]
 
 
 @contextmanager
-def modal_site(containers: int = 1) -> Iterator[tuple[DevServer, ModalEdge]]:
+def modal_site(containers: int = 1) -> Iterator[Site]:
     """Start a dev server, and the edge with our app in front of it."""
     with DevServer() as server:  # noqa: SIM117  too long for Python 3.9
         with ModalEdge.in_front_of(server.address, containers=containers) as edge:
@@ -55,6 +59,26 @@ class Prompts:
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
         self.server.wait_for(lambda _: condition(), PATIENCE)
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[Site]:
+    with modal_site() as started:
+        yield started
+
+
+@pytest.fixture
+def edge(site: Site) -> Iterator[ModalEdge]:
+    site[1].clear()
+    yield site[1]
+    site[1].clear()
+
+
+@pytest.fixture
+def prompts(site: Site) -> Iterator[Prompts]:
+    since = Prompts(site[0])
+    yield since
+    since.idle()
 
 
 def waiter(seconds: float = PATIENCE) -> DeadlineWaiter:

@@ -16,11 +16,14 @@ import pytest
 from modal_client_kit import (
     PNG,
     Prompts,
+    Site,
     client_of,
     document,
+    edge,
     finish,
-    modal_site,
+    prompts,
     short_pauses,
+    site,
     waiter,
 )
 from server_kit import ENDLESS, PATIENCE
@@ -28,7 +31,6 @@ from server_kit import ENDLESS, PATIENCE
 from comfy_executors.clients import modal_http
 from comfy_executors.clients.modal import ModalClient, digest_of
 from comfy_executors.clients.modal_refusals import MissingInputsError
-from comfy_executors.devserver import DevServer
 from comfy_executors.errors import (
     AuthenticationError,
     EndpointNotFoundError,
@@ -42,28 +44,8 @@ from comfy_executors.errors import (
 from comfy_executors.testing import ModalEdge
 from comfy_executors.wire import InputFile
 
-__all__ = ["short_pauses"]
+__all__ = ["edge", "prompts", "short_pauses", "site"]
 pytestmark = pytest.mark.usefixtures("short_pauses")
-
-
-@pytest.fixture(scope="module")
-def site() -> Iterator[tuple[DevServer, ModalEdge]]:
-    with modal_site() as started:
-        yield started
-
-
-@pytest.fixture
-def edge(site: tuple[DevServer, ModalEdge]) -> Iterator[ModalEdge]:
-    site[1].clear()
-    yield site[1]
-    site[1].clear()
-
-
-@pytest.fixture
-def prompts(site: tuple[DevServer, ModalEdge]) -> Iterator[Prompts]:
-    since = Prompts(site[0])
-    yield since
-    since.idle()
 
 
 @pytest.fixture
@@ -114,7 +96,7 @@ rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 
 
 @pytest.fixture(scope="module")
-def ended_job(site: tuple[DevServer, ModalEdge]) -> Job:
+def ended_job(site: Site) -> Job:
     client = client_of(site[1])
     made = Job(client)
     client.close()

@@ -12,22 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from modal_client_kit import Prompts, modal_site
+from modal_client_kit import Prompts, Site, site
 from server_kit import ENDLESS, PATIENCE, bench, bench_graph
 
 from comfy_executors import ModalWorkflowExecutor, workers
 from comfy_executors.cli import main
-from comfy_executors.devserver import DevServer
 from comfy_executors.executors import modal_job
 from comfy_executors.testing import ModalEdge
 
-Site = tuple[DevServer, ModalEdge]
-
-
-@pytest.fixture(scope="module")
-def site() -> Iterator[Site]:
-    with modal_site() as started:
-        yield started
+__all__ = ["site"]
 
 
 @pytest.fixture

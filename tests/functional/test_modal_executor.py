@@ -16,7 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from modal_client_kit import PNG, Prompts, client_of, modal_site, short_pauses, waiter
+from modal_client_kit import (
+    PNG,
+    Prompts,
+    client_of,
+    edge,
+    modal_site,
+    prompts,
+    short_pauses,
+    site,
+    waiter,
+)
 from PIL import Image
 from server_kit import ENDLESS, PATIENCE, bench, bench_graph, loading
 
@@ -38,11 +48,10 @@ from comfy_executors import (
     WorkflowError,
     WorkflowTemplate,
 )
-from comfy_executors.devserver import DevServer
 from comfy_executors.executors import job_budgets, modal, modal_poller
 from comfy_executors.testing import ModalEdge
 
-__all__ = ["short_pauses"]
+__all__ = ["edge", "prompts", "short_pauses", "site"]
 
 GONE: dict[str, Any] = {
     "status": 404,
@@ -50,26 +59,6 @@ GONE: dict[str, Any] = {
     "headers": {"Content-Type": "application/json"},
 }
 BROKEN: dict[str, Any] = {"status": 200, "body": "broken", "headers": {"Content-Type": "image/png"}}
-
-
-@pytest.fixture(scope="module")
-def site() -> Iterator[tuple[DevServer, ModalEdge]]:
-    with modal_site() as started:
-        yield started
-
-
-@pytest.fixture
-def edge(site: tuple[DevServer, ModalEdge]) -> Iterator[ModalEdge]:
-    site[1].clear()
-    yield site[1]
-    site[1].clear()
-
-
-@pytest.fixture
-def prompts(site: tuple[DevServer, ModalEdge]) -> Iterator[Prompts]:
-    since = Prompts(site[0])
-    yield since
-    since.idle()
 
 
 Make = Callable[..., ModalWorkflowExecutor]
