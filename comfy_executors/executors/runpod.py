@@ -218,8 +218,8 @@ class RunPodWorkflowExecutor(ServerlessWorkflowExecutor):
                 shares = self._official.settle(
                     run.output, run.status, joined, batches, control, self.url
                 )
-            self._found_worker = "worker-comfyui" if self._official.is_known else None
-            yield from shares.results
+                self._found_worker = "worker-comfyui" if self._official.is_known else None
+                yield from shares.results
             done = set(joined.batches)
             if shares.missing and shares.can_be_repeated and len(joined.batches) > 1:
                 # One batch can spoil a job for the others: each gets one of its own.
@@ -244,7 +244,7 @@ class RunPodWorkflowExecutor(ServerlessWorkflowExecutor):
             return
         with run.naming_job():
             shares = self._official.settle(run.output, run.status, None, batches, control, self.url)
-        yield from shares.results
+            yield from shares.results
         for number in shares.missing:
             yield BatchFailure(batches[number].index, copy.copy(shares.error))
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from comfy_executors.clients.http import Waiter
 from comfy_executors.clients.result_files import fetch_result
 from comfy_executors.clients.runpod_answers import RunPodStatus
 from comfy_executors.errors import (
@@ -22,6 +23,7 @@ from comfy_executors.errors import (
     ServerResponseError,
     WorkflowError,
 )
+from comfy_executors.executors.control import JobControl
 from comfy_executors.executors.joining import (
     JoinedGraph,
     Owner,
@@ -29,6 +31,7 @@ from comfy_executors.executors.joining import (
     estimate_bytes,
     recognise,
 )
+from comfy_executors.executors.side_by_side import side_by_side
 from comfy_executors.images import WorkflowOutput, WorkflowOutputImage, kind_of
 from comfy_executors.runs import Batch, BatchFailure, BatchResult
 from comfy_executors.wire import JobGraph
@@ -139,13 +142,14 @@ class Shares:
     """What of an answer belongs to which batch.
 
     Args:
-        results: The batches that are complete, and those with a file that is gone for good.
+        results: The batches that have their files, in order; those that are elsewhere are fetched
+            when it is their batch's turn. One that is gone for good fails its batch.
         missing: Those that have no file, or too few.
         error: Why they have not.
         can_be_repeated: Whether another job could bring them.
     """
 
-    results: list[BatchResult | BatchFailure]
+    results: Iterator[BatchResult | BatchFailure]
     missing: list[int]
     error: WorkflowError
     can_be_repeated: bool
@@ -189,7 +193,7 @@ class OfficialWorker:
         status: RunPodStatus | None,
         joined: JoinedGraph | None,
         batches: Mapping[int, Batch],
-        waiter: Waiter,
+        control: JobControl,
         server: str,
     ) -> Shares:
         """Give each batch of a job what the worker answered.
@@ -199,12 +203,13 @@ class OfficialWorker:
             status: RunPod's last word on the job.
             joined: The graph that was run; None where nobody knows it any more.
             batches: The batches by their number in the job.
-            waiter: The deadline of downloads.
+            control: The deadline and the cancel signal of downloads.
             server: The endpoint's address.
 
         Raises:
             JobError: The job failed as a whole.
-            ServerError: The output is not one of worker-comfyui, or cannot be fetched.
+            ServerError: The output is not one of worker-comfyui; or, while the results are iterated
+                over, a file of it cannot be fetched for now.
         """
         assert status is not None, "a job that is not ours is followed to its end"
         if output is None:
@@ -216,7 +221,7 @@ class OfficialWorker:
             ):
                 raise error
             numbers = [*(batches if joined is None else joined.batches)]
-            return Shares([], numbers, error, "validation" not in str(error).lower())
+            return Shares(iter(()), numbers, error, "validation" not in str(error).lower())
         answer = parse_official(output)
         if joined is None:
             joined = recognise((file.name for file in answer.files), [*batches])
@@ -226,15 +231,15 @@ class OfficialWorker:
             # An old worker that says no names, or a node that gives its files names of its own.
             self._wants_one_by_one = True
             error = _failure_of(answer, status.id, server)
-            return Shares([], [*joined.batches], error, can_be_repeated=True)
-        return _share_out(answer, joined, batches, waiter, status.id, server)
+            return Shares(iter(()), [*joined.batches], error, can_be_repeated=True)
+        return _share_out(answer, joined, batches, control, status.id, server)
 
 
 def _share_out(
     answer: OfficialAnswer,
     joined: JoinedGraph,
     batches: Mapping[int, Batch],
-    waiter: Waiter,
+    control: JobControl,
     job_id: str,
     server: str,
 ) -> Shares:
@@ -243,32 +248,51 @@ def _share_out(
     A batch is complete when it has a file; after an error in the job, when it has as many as it was
     to make.
     """
-    found: dict[int, list[WorkflowOutput]] = defaultdict(list)
-    gone: dict[int, ServerError] = {}
+    found: dict[int, list[_Found]] = defaultdict(list)
     for file in answer.files:
         owner, name = _owner_of(file, joined)
-        if owner.batch in gone:
-            continue
-        try:
-            data = file.data if file.data is not None else fetch_result(file.url or "", waiter)
-        except ServerError as error:
-            if error.transient:
-                raise  # each file would be waited for as long
-            error.job_id = job_id
-            gone[owner.batch] = error
-            continue
-        found[owner.batch].append(_output(data, name, owner, batches[owner.batch], server))
-    shares = Shares([], [], _failure_of(answer, job_id, server), bool(answer.errors))
+        found[owner.batch].append(_Found(file, name, owner))
+    complete: list[int] = []
+    missing: list[int] = []
     for index in joined.batches:
         savers = sum(owner.batch == index for owner in joined.owners.values())
         wanted = batches[index].size * max(1, savers) if answer.errors else 1
-        if index in gone:
-            shares.results.append(BatchFailure(batches[index].index, gone[index]))
-        elif len(found[index]) >= wanted:
-            shares.results.append(_result(batches[index], found[index], job_id, server))
-        else:
-            shares.missing.append(index)
-    return shares
+        (complete if len(found[index]) >= wanted else missing).append(index)
+    results = (
+        _settled(batches[index], found[index], control, job_id, server) for index in complete
+    )
+    return Shares(results, missing, _failure_of(answer, job_id, server), bool(answer.errors))
+
+
+class _Found(NamedTuple):
+    """A file, the name that it would have had, and whose it is."""
+
+    file: OfficialFile
+    name: str
+    owner: Owner
+
+
+def _settled(
+    batch: Batch, found: Sequence[_Found], control: JobControl, job_id: str, server: str
+) -> BatchResult | BatchFailure:
+    """Fetch what is elsewhere of a batch's files, and make its result."""
+    calls = [partial(fetch_result, file.url or "") for file, *_ in found if file.data is None]
+    try:
+        with contextlib.closing(side_by_side(calls, control)) as fetched:
+            outputs = [
+                _output(
+                    next(fetched) if file.data is None else file.data, name, owner, batch, server
+                )
+                for file, name, owner in found
+            ]
+    except ServerError as error:
+        if error.transient:
+            raise  # each batch would be waited for as long
+        error.job_id = job_id
+        return BatchFailure(batch.index, error)
+    images = [output for output in outputs if isinstance(output, WorkflowOutputImage)]
+    others = [output for output in outputs if not isinstance(output, WorkflowOutputImage)]
+    return BatchResult(batch.index, images, others, seed=batch.seed, server=server, job_id=job_id)
 
 
 def _owner_of(file: OfficialFile, joined: JoinedGraph) -> tuple[Owner, str]:
@@ -290,12 +314,6 @@ def _output(data: bytes, name: str, owner: Owner, batch: Batch, server: str) -> 
         seed=batch.seed,
         server=server,
     )
-
-
-def _result(batch: Batch, outputs: list[WorkflowOutput], job_id: str, server: str) -> BatchResult:
-    images = [output for output in outputs if isinstance(output, WorkflowOutputImage)]
-    others = [output for output in outputs if not isinstance(output, WorkflowOutputImage)]
-    return BatchResult(batch.index, images, others, seed=batch.seed, server=server, job_id=job_id)
 
 
 def _failure_of(answer: OfficialAnswer, job_id: str, server: str) -> RunPodJobFailedError:

@@ -37,6 +37,7 @@ from comfy_executors import (
     executors,
     wire,
 )
+from comfy_executors.clients import http
 from comfy_executors.clients.http import DeadlineWaiter
 from comfy_executors.devserver import DevServer
 from comfy_executors.executors import runpod
@@ -52,7 +53,8 @@ class Store:
 
     Attributes:
         puts, gets: The requests so far, as headers with their path under `:path`.
-        answers: Statuses, or contents, of the next fetches instead of the truth.
+        answers: Statuses, or contents, of the next fetches instead of the truth; or what is waited
+            for before it.
         together: Where fetches wait for each other, if anywhere.
     """
 
@@ -60,7 +62,7 @@ class Store:
         self.objects: dict[str, bytes] = {}
         self.puts: list[dict[str, str]] = []
         self.gets: list[dict[str, str]] = []
-        self.answers: deque[int | bytes] = deque()
+        self.answers: deque[int | bytes | Callable[[], object]] = deque()
         self.together: threading.Barrier | None = None
         self.url = ""
 
@@ -74,6 +76,9 @@ class Store:
             with suppress(threading.BrokenBarrierError):  # the test sees that it is
                 self.together.wait(PATIENCE)
         planned = self.answers.popleft() if self.answers else 200
+        if callable(planned):
+            planned()
+            planned = 200
         if isinstance(planned, bytes):
             return 200, planned
         data = self.objects.get(urlsplit(path).path)
@@ -255,14 +260,7 @@ def test_the_official_workers_bucket(bare: RunPodStub, store: Store) -> None:
         run = executor.submit_workflow(bench(), num_samples=3)
         run.futures[2].add_done_callback(lambda _: None)
         job = taken(bare)
-        images = []
-        for node in job["input"]["workflow"].values():
-            if node["class_type"] == "SaveImage":
-                name = f"{node['inputs']['filename_prefix']}_00001_.png"
-                store.objects[f"/pictures/{name}"] = PNG + name.encode()
-                url = f"{store.url}/pictures/{name}?X-Amz-Signature=s"
-                images.append({"filename": name, "type": "s3_url", "data": url})
-        HandWorker(bare).done(job["id"], output={"images": images})
+        HandWorker(bare).done(job["id"], output={"images": in_bucket(store, job)})
         results = [future.result(PATIENCE) for future in run.futures]
     assert [len(result.images) for result in results] == [1, 1, 1]
     assert len({result.images[0].data for result in results}) == 3
@@ -278,14 +276,8 @@ def test_a_file_that_is_gone_from_a_bucket_costs_its_batch_alone(
         run = executor.submit_workflow(bench(), num_samples=3)
         run.futures[2].add_done_callback(lambda _: None)
         job = taken(bare)
-        images = []
-        for node in job["input"]["workflow"].values():
-            if node["class_type"] == "SaveImage":
-                name = f"{node['inputs']['filename_prefix']}_00001_.png"
-                url = f"{store.url}/pictures/{name}"
-                images.append({"filename": name, "type": "s3_url", "data": url})
-        for image in (images[0], images[2]):
-            store.objects[urlsplit(image["data"]).path] = PNG
+        images = in_bucket(store, job)
+        del store.objects[urlsplit(images[1]["data"]).path]
         HandWorker(bare).done(job["id"], output={"images": images})
         errors = [future.exception(PATIENCE) for future in run.futures]
         assert [type(error) for error in errors].count(type(None)) == 2
@@ -296,6 +288,108 @@ def test_a_file_that_is_gone_from_a_bucket_costs_its_batch_alone(
         long.futures[39].add_done_callback(lambda _: None)
         bare.wait_for(lambda s: len(s.jobs) == 3, PATIENCE)
         long.cancel()
+
+
+def in_bucket(store: Store, job: Any, files: int = 1) -> list[dict[str, str]]:
+    """Put what each batch of a job made into the store; return what the official worker tells."""
+    images = []
+    for node in job["input"]["workflow"].values():
+        for number in range(files) if node["class_type"] == "SaveImage" else ():
+            name = f"{node['inputs']['filename_prefix']}_{number + 1:05d}_.png"
+            store.objects[f"/pictures/{name}"] = PNG + name.encode()
+            url = f"{store.url}/pictures/{name}?X-Amz-Signature=s"
+            images.append({"filename": name, "type": "s3_url", "data": url})
+    return images
+
+
+@pytest.mark.parametrize("how", ["submit", "attach"])
+def test_a_batch_is_delivered_before_the_next_ones_file_is_asked_for(
+    bare: RunPodStub, store: Store, how: str
+) -> None:
+    store.clear()
+    with executor_for(bare, worker="worker-comfyui") as executor:
+        run = executor.submit_workflow(bench(), num_samples=3)
+        job = taken(bare)
+        images = in_bucket(store, job)
+        if how == "attach":
+            HandWorker(bare).done(job["id"], output={"images": images})
+            run.result(PATIENCE)
+            store.gets.clear()
+        looked_at, first_taken = threading.Event(), threading.Event()
+        store.answers.append(lambda: looked_at.wait(PATIENCE))
+        store.answers.append(lambda: first_taken.wait(PATIENCE))
+        if how == "attach":
+            run = executor.attach(job["id"], 3)
+        else:
+            HandWorker(bare).done(job["id"], output={"images": images})
+        asked_for: list[int] = []
+        for future in run.futures:
+            future.add_done_callback(lambda _: asked_for.append(len(store.gets)))
+        looked_at.set()
+        run.futures[0].result(PATIENCE / 2)
+        first_taken.set()
+        assert len(run.result(PATIENCE)) == 3
+    assert asked_for == [1, 2, 3]
+
+
+def test_a_slow_consumer_holds_no_more_of_a_bucket_than_the_bound(
+    bare: RunPodStub, store: Store
+) -> None:
+    store.clear()
+    with executor_for(bare, worker="worker-comfyui", max_workers=1) as executor:
+        run = executor.submit_workflow(bench(), num_samples=10)
+        job = taken(bare)
+        HandWorker(bare).done(job["id"], output={"images": in_bucket(store, job)})
+        ahead = [len(store.gets) - number for number, _ in enumerate(run, 1)]
+    assert len(ahead) == len(store.gets) == 10
+    assert max(ahead) <= 1 + 2
+
+
+def test_the_files_of_a_batch_are_fetched_side_by_side(bare: RunPodStub, store: Store) -> None:
+    store.clear()
+    together = threading.Barrier(2, timeout=PATIENCE)
+    store.answers.extend([together.wait] * 4)
+    with executor_for(bare, worker="worker-comfyui") as executor:
+        run = executor.submit_workflow(bench(), num_samples=2)
+        job = taken(bare)
+        HandWorker(bare).done(job["id"], output={"images": in_bucket(store, job, files=2)})
+        results = [future.result(PATIENCE) for future in run.futures]
+    names = [[image.name for image in result.images] for result in results]
+    assert names == [["t_00001_.png", "t_00002_.png"]] * 2
+    assert len({get[":path"] for get in store.gets}) == len(store.gets) == 4
+
+
+def test_a_run_cancelled_between_batches_asks_for_no_more_files(
+    bare: RunPodStub, store: Store
+) -> None:
+    store.clear()
+    with executor_for(bare, worker="worker-comfyui") as executor:
+        run = executor.submit_workflow(bench(), num_samples=3)
+        run.futures[0].add_done_callback(lambda _: run.cancel())
+        job = taken(bare)
+        HandWorker(bare).done(job["id"], output={"images": in_bucket(store, job)})
+        errors = [future.exception(PATIENCE) for future in run.futures]
+    assert [type(error) for error in errors] == [type(None), *[WorkflowCancelledError] * 2]
+    assert (len(store.gets), len(bare.jobs)) == (1, 1)
+
+
+def test_a_bucket_that_stays_overloaded_fails_what_is_left_of_a_job(
+    bare: RunPodStub, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "_ATTEMPTS", 2)
+    monkeypatch.setattr(http, "_ATTEMPTS_A_SECOND", 0)
+    store.clear()
+    store.answers.extend([200, 503, 503])
+    with executor_for(bare, worker="worker-comfyui") as executor:
+        run = executor.submit_workflow(bench(), num_samples=3)
+        run.futures[0].add_done_callback(lambda _: None)
+        job = taken(bare)
+        HandWorker(bare).done(job["id"], output={"images": in_bucket(store, job)})
+        first, *others = (future.exception(PATIENCE) for future in run.futures)
+    assert first is None
+    told = [(error.status, error.job_id) for error in others if isinstance(error, ServerError)]
+    assert told == [(503, job["id"])] * 2
+    assert (len(store.gets), len(bare.jobs)) == (3, 1)
 
 
 def taken(stub: RunPodStub) -> Any:
