@@ -8,7 +8,9 @@ import json
 import os
 import socket
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +19,20 @@ from comfy_executors.cli_arguments import add_listening_arguments
 from comfy_executors.cli_delivery import DELIVERED, UsageError
 from comfy_executors.cli_smoke import Smoke
 from comfy_executors.clients.comfyui import DEFAULT_PORT
+from comfy_executors.clients.http import Waiter
 from comfy_executors.errors import MissingExtraError
 from comfy_executors.images import InputImage
 from comfy_executors.workflows import WorkflowTemplate
 
 if TYPE_CHECKING:
+    from comfy_executors.clients.modal import ModalClient
     from comfy_executors.clients.modal_answers import ModalHealth
     from comfy_executors.executors.modal import ModalWorkflowExecutor
 
 _APP_FILE = Path(__file__).with_name("workers") / "modal_app.py"
 _LOCAL_PORT = 8000
 _GRACE_SECONDS = 1  # for calls that are held when the local app ends
+_HOLD_SECONDS = 20.0  # for which the app may hold a call while there is no news
 _NEXT = """{path} is a copy of the app. Its settings are at the top. Next:
   modal deploy {path}
   comfy-executors modal smoke https://….modal.run"""
@@ -174,7 +179,23 @@ def _smoke(args: argparse.Namespace) -> int:
             smoke.results_of(run)
             smoke.tell("an input image arrives")
 
-        return Smoke(executor, args.timeout).run(answers, images, inputs, Smoke.cancelling)
+        def cancelling(smoke: Smoke) -> None:
+            from comfy_executors.clients.modal import ModalClient
+            from comfy_executors.clients.modal_answers import CANCELLED, DONE
+
+            with contextlib.closing(ModalClient(args.url)) as client:
+                smoke.cancelling(partial(_states, client), {CANCELLED}, DONE)
+
+        return Smoke(executor, args.timeout).run(answers, images, inputs, cancelling)
+
+
+def _states(client: ModalClient, job_id: str, waiter: Waiter) -> Iterator[str]:
+    """Tell a job's state, whenever there is news of it, until it is final."""
+    job = client.job(job_id, waiter)
+    while not job.is_final:
+        yield job.state
+        job = client.poll({job_id: job.cursor}, _HOLD_SECONDS, waiter)[job_id]
+    yield job.state
 
 
 def _about(health: ModalHealth) -> str:

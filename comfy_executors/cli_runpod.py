@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING
 
 from comfy_executors.cli_delivery import DELIVERED, UsageError
 from comfy_executors.cli_smoke import Smoke
-from comfy_executors.clients.http import DeadlineWaiter
-from comfy_executors.clients.runpod import BASE_URL
+from comfy_executors.clients.http import DeadlineWaiter, Waiter
+from comfy_executors.clients.runpod import BASE_URL, RunPodClient
+from comfy_executors.clients.runpod_answers import CANCELLED, COMPLETED, TERMINAL
+from comfy_executors.errors import JobLostError
+from comfy_executors.executors.runpod_pace import Pace
 
 if TYPE_CHECKING:
     from comfy_executors.executors.runpod import RunPodWorkflowExecutor
@@ -21,6 +27,7 @@ _WORKERS = ("auto", "comfy-executors", "worker-comfyui")
 # The RunPod SDK's own name for it.
 _BASE_URL_VARIABLE = "RUNPOD_ENDPOINT_BASE_URL"
 _HEALTH_SECONDS = 30.0
+_NOT_KNOWN = "not known any more"
 
 
 def add_runpod_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +83,7 @@ def make_runpod_executor(
     try:
         return runpod.RunPodWorkflowExecutor(
             endpoint,
-            base_url=os.environ.get(_BASE_URL_VARIABLE) or BASE_URL,
+            base_url=_base_url(),
             batch_size=batch_size,
             worker=worker,
             batches_per_job=batches_per_job,
@@ -85,6 +92,10 @@ def make_runpod_executor(
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def _base_url() -> str:
+    return os.environ.get(_BASE_URL_VARIABLE) or BASE_URL
 
 
 def _health(args: argparse.Namespace) -> int:
@@ -113,4 +124,20 @@ def _smoke(args: argparse.Namespace) -> int:
             smoke.images()
             smoke.tell(f"the worker is {executor.found_worker}")
 
-        return Smoke(executor, args.timeout).run(workers, images, Smoke.cancelling)
+        def cancelling(smoke: Smoke) -> None:
+            with contextlib.closing(RunPodClient(args.endpoint, base_url=_base_url())) as client:
+                smoke.cancelling(partial(_states, client), {CANCELLED, _NOT_KNOWN}, COMPLETED)
+
+        return Smoke(executor, args.timeout).run(workers, images, cancelling)
+
+
+def _states(client: RunPodClient, job_id: str, waiter: Waiter) -> Iterator[str]:
+    """Tell a job's state until it is final, with pauses between."""
+    pace = Pace(lambda: client.is_crowded)
+    try:
+        while (state := client.status(job_id, waiter).status) not in TERMINAL:
+            yield state
+            pace.rest(waiter)
+    except JobLostError:
+        state = _NOT_KNOWN
+    yield state

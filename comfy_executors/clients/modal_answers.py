@@ -12,7 +12,8 @@ from comfy_executors.wire import decode_error
 QUEUED = "queued"
 RUNNING = "running"
 DONE = "done"
-FINAL = {DONE, "failed", "cancelled", "unknown", "expired"}
+CANCELLED = "cancelled"
+FINAL = {DONE, "failed", CANCELLED, "unknown", "expired"}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Callable
 
-from comfy_executors.executors.control import JobControl
+from comfy_executors.clients.http import Waiter
 
 LEAST_WAIT = 1.0  # the shortest that RunPod holds an answer
 _FIRST_WAIT = 2.0
@@ -39,12 +39,12 @@ class Pace:
         self._saved = _SAVED_POLLS
         self._next = self._begun
 
-    def begin(self, control: JobControl) -> float:
+    def begin(self, waiter: Waiter) -> float:
         """Wait for the next poll's turn; return the seconds that RunPod may hold it."""
         self._save()
         left = max(self._next - self._begun, (1.0 - self._saved) / _POLLS_PER_SECOND)
         if left > 0:
-            control.sleep(left)
+            waiter.sleep(left)
             self._save()
         self._saved -= 1.0
         return LEAST_WAIT if self._is_crowded() else self._wait
@@ -56,7 +56,7 @@ class Pace:
         self._saved = min(_SAVED_POLLS, self._saved + more)
         self._begun = now
 
-    def end(self, is_news: bool, control: JobControl) -> None:
+    def end(self, is_news: bool, waiter: Waiter) -> None:
         """Take down what a poll brought; after an answer that was not held, wait here."""
         now = time.monotonic()
         if is_news:
@@ -64,10 +64,10 @@ class Pace:
             self._next = now + _GATHER_SECONDS
             return
         if now - self._begun < _HELD_SECONDS or self._is_crowded():
-            self.rest(control)
+            self.rest(waiter)
         self._wait = min(_LONGEST_WAIT, _GROWTH * self._wait)
 
-    def rest(self, control: JobControl) -> None:
+    def rest(self, waiter: Waiter) -> None:
         """Wait longer from time to time, and not in step with others."""
-        control.sleep(self._pause * random.uniform(0.8, 1.2))
+        waiter.sleep(self._pause * random.uniform(0.8, 1.2))
         self._pause = min(_LONGEST_WAIT, _GROWTH * self._pause)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -12,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from modal_client_kit import Prompts, Site, site
+from modal_client_kit import Prompts, Site, client_of, document, site, waiter
 from server_kit import ENDLESS, PATIENCE, bench, bench_graph
 
-from comfy_executors import ModalWorkflowExecutor, workers
+from comfy_executors import ModalWorkflowExecutor, cli_smoke, workers
 from comfy_executors.cli import main
 from comfy_executors.executors import modal_job
 from comfy_executors.testing import ModalEdge
@@ -88,9 +89,56 @@ def test_smoke(command: Command, site: Site, edge: ModalEdge, capfd: Any) -> Non
     assert lines[0].startswith("the app answers: version ")
     assert [line.split(" of job")[0] for line in lines[1:]] == [
         "batch 0", "batch 1", "batch 0", "batch 1", "a job can be taken up again",
-        "batch 0", "an input image arrives", "a cancelled job stops",
+        "batch 0", "an input image arrives", "a cancelled job stops: it is cancelled",
     ]  # fmt: skip
     prompts.idle()
+
+
+class Stdout(io.StringIO):
+    """Does something when certain words are printed, before the program goes on."""
+
+    def __init__(self, words: str, action: Callable[[], object]) -> None:
+        super().__init__()
+        self._words = words
+        self._action = action
+
+    def write(self, text: str) -> int:
+        if self._words in text:
+            self._action()
+        return super().write(text)
+
+
+@pytest.mark.parametrize(("state", "most_polls"), [("done", 100), ("queued", 10)])
+def test_smoke_asks_what_became_of_the_job_that_it_cancelled(
+    command: Command, site: Site, edge: ModalEdge, monkeypatch: pytest.MonkeyPatch, capfd: Any,
+    state: str, most_polls: int,
+) -> None:  # fmt: skip
+    prompts, client = Prompts(site[0]), client_of(edge)
+    ahead: list[str] = []
+
+    def keep_busy() -> None:
+        ahead.append(client.submit(document(seconds=ENDLESS, steps=1000), waiter()).id)
+        prompts.running()
+
+    if state == "queued":
+        monkeypatch.setattr(cli_smoke, "_STOP_SECONDS", 4.0)
+        monkeypatch.setattr(sys, "stdout", Stdout("an input image arrives", keep_busy))
+    agreed = '{"id": null}'  # and nothing is done
+    edge.faults.fail("POST", "/v1/jobs/cancel", status=202, body=agreed, times=None)
+    try:
+        assert command("modal", "smoke", edge.url) == 1
+        assert (edge.calls["cancel"], edge.calls["job"]) == (1, 2)
+        assert edge.calls["poll"] <= most_polls
+    finally:
+        edge.clear()
+        for job_id in ahead:
+            client.cancel(waiter(), job_id=job_id)
+        client.close()
+        prompts.idle()
+    error = capfd.readouterr().err
+    assert ": was cancelled, and " in error
+    assert f" s later is {state}" in error
+    assert ("it ended before the cancelling came, or in spite of it" in error) is (state == "done")
 
 
 def test_smoke_fails_with_the_reason(command: Command, edge: ModalEdge, capfd: Any) -> None:
@@ -155,6 +203,13 @@ def test_serve_local(
         # What ran has been stopped.
         prompts.ended(success=2, interrupted=1)
         slow.cancel()
+
+
+def test_smoke_on_a_local_app(
+    command: Command, local: tuple[subprocess.Popen[str], str], capfd: Any
+) -> None:
+    assert command("modal", "smoke", local[1]) == 0
+    assert capfd.readouterr().out.endswith("a cancelled job stops: it is cancelled\n")
 
 
 def test_serve_local_on_a_port_that_is_taken(command: Command, site: Site, capfd: Any) -> None:

@@ -602,8 +602,10 @@ def test_smoke(command: Callable[..., int], stub: RunPodStub, capfd: Any) -> Non
     assert command("runpod", "smoke", stub.endpoint_id) == 0
     lines = capfd.readouterr().out.splitlines()
     assert [line.split(" s  ")[1].split(" of job")[0] for line in lines[1:]] == [
-        "batch 0", "batch 1", "the worker is comfy-executors", "a cancelled job stops",
+        "batch 0", "batch 1", "the worker is comfy-executors",
+        "a cancelled job stops: it is CANCELLED",
     ]  # fmt: skip
+    assert [job.status for job in stub.jobs] == ["COMPLETED", "CANCELLED"]
 
 
 def test_a_wrong_key(

@@ -34,9 +34,11 @@ from comfy_executors import (
     WorkflowError,
     WorkflowTemplate,
     WorkflowTimeoutError,
+    cli_smoke,
     executors,
     wire,
 )
+from comfy_executors.cli import main
 from comfy_executors.clients import http
 from comfy_executors.clients.http import DeadlineWaiter
 from comfy_executors.devserver import DevServer
@@ -704,6 +706,49 @@ def test_a_cancellation_breaks_off_the_present_poll(bare: RunPodStub) -> None:
             run.futures[0].result(PATIENCE)
         assert time.monotonic() - begun < 5.0  # an answer would be waited for 30 s
     assert [job.status for job in bare.jobs] == ["CANCELLED"]
+
+
+ENDS: dict[str, tuple[Callable[[RunPodStub, str], object], int, str]] = {
+    "completed": (
+        lambda stub, job_id: answer(HandWorker(stub), taken(stub)),
+        1, " s later is COMPLETED: it ended before the cancelling came, or in spite of it",
+    ),
+    "failed": (
+        lambda stub, job_id: HandWorker(stub).done(taken(stub)["id"], error="no"),
+        1, " s later is FAILED\n",
+    ),
+    "forgotten": (
+        lambda stub, job_id: stub.expire(job_id),
+        0, "a cancelled job stops: it is not known any more",
+    ),
+    "none": (lambda stub, job_id: None, 1, " s later is IN_QUEUE\n"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_the_smoke_asks_what_became_of_the_job_that_it_cancelled(
+    bare: RunPodStub, monkeypatch: pytest.MonkeyPatch, capfd: Any, end: str
+) -> None:
+    bring_about, code, words = ENDS[end]
+    if end == "none":
+        monkeypatch.setattr(cli_smoke, "_STOP_SECONDS", 3.0)
+    monkeypatch.setenv("RUNPOD_API_KEY", bare.api_key)
+    monkeypatch.setenv("RUNPOD_ENDPOINT_BASE_URL", bare.url)
+    agreed = '{"status": "CANCELLED"}'  # and nothing is done
+    bare.faults.fail("POST", "/cancel/*", status=200, body=agreed, times=None)
+    arguments = ["runpod", "smoke", bare.endpoint_id, "--worker", "worker-comfyui"]
+    with ThreadPoolExecutor(1) as pool:
+        smoke = pool.submit(main, arguments)
+        answer(HandWorker(bare), taken(bare))
+        # The executor asks once for each job, and then the smoke.
+        bare.wait_for(lambda s: s.calls["cancel"] == 1 and s.calls["status"] >= 3, PATIENCE)
+        job_id = bare.jobs[1].id
+        bring_about(bare, job_id)
+        assert smoke.result(PATIENCE) == code
+    told = "".join(capfd.readouterr())
+    assert words in told
+    assert (f"job {job_id}: was cancelled, and " in told) is (code == 1)
+    assert bare.calls["status"] <= 20
 
 
 @pytest.mark.parametrize("how", ["cancel", "timeout", "close"])
