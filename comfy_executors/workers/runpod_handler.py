@@ -182,7 +182,9 @@ def answer_whole(
     """Have jobs without a job document answered whole, as callers of the official worker expect.
 
     The SDK makes a list of what a generator yields, and streams it besides; another handler's
-    answer it leaves as it is. It looks for the handler in its configuration at each job.
+    answer it leaves as it is. It looks for the handler in its configuration at each job. Its test
+    server goes another way, on which nothing shows the job before it has asked whether the handler
+    is a generator: there such an answer stays the one item of a list.
 
     Args:
         scale: The SDK's module `rp_scale`, whose `handle_job` is replaced.
