@@ -1,17 +1,20 @@
-"""The rows of `run --vars`: read from a CSV or JSON Lines file, one at a time."""
+"""The rows of `run --vars`: a CSV or JSON Lines file, read once and before anything is sent."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import difflib
 import json
 import re
+import tempfile
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from comfy_executors.cli_delivery import OPTION_OF, UsageError
+from comfy_executors.errors import OutputFileError
 from comfy_executors.executors.sweep import ROW_ARGUMENTS
 from comfy_executors.workflows import WorkflowTemplate
 
@@ -44,15 +47,17 @@ class RowsSummary:
 
 
 class RowsFile:
-    """A file of rows, which is read anew each time it is iterated over.
+    """A file of rows, read once and kept as it is now: it may be edited while its rows are run.
 
     In CSV every value is text; JSON Lines keep their types.
 
     Args:
-        path: A `.csv`, `.tsv`, `.jsonl` or `.ndjson` file in UTF-8.
+        path: A `.csv`, `.tsv`, `.jsonl` or `.ndjson` file in UTF-8, or a pipe of such a name.
 
     Raises:
-        UsageError: Its name ends in nothing of these.
+        UsageError: Its name ends in nothing of these, it cannot be read, or something in it is no
+            row.
+        OutputFileError: There is no room for a copy.
     """
 
     def __init__(self, path: str) -> None:
@@ -62,13 +67,39 @@ class RowsFile:
             raise UsageError(f"--vars takes a .csv, .tsv, .jsonl or .ndjson file, not {path}")
         self._is_csv = suffix in _CSV_SUFFIXES
         self._delimiter = "\t" if suffix == ".tsv" else ","
+        self._copy = self._copied()  # a line of JSON for each row
 
     def __iter__(self) -> Iterator[Row]:
-        """Read the rows.
+        """Read the rows from the copy; several may read at a time."""
+        place = 0
+        while True:
+            self._copy.seek(place)
+            line = self._copy.readline()
+            if not line:
+                return
+            place = self._copy.tell()
+            yield json.loads(line)
 
-        Raises:
-            UsageError: The file cannot be read, or something in it is no row.
-        """
+    def close(self) -> None:
+        """Remove the copy."""
+        self._copy.close()
+
+    def _copied(self) -> IO[bytes]:
+        try:
+            with contextlib.ExitStack() as stack:
+                copy = stack.enter_context(tempfile.TemporaryFile())
+                for row in self._read():
+                    copy.write(json.dumps(row).encode() + b"\n")
+                copy.flush()
+                stack.pop_all()
+                return copy
+        except OSError as error:
+            raise OutputFileError(
+                f"cannot make a temporary copy of {self.path}: {error.strerror}; "
+                "$TMPDIR names another folder for it"
+            ) from error
+
+    def _read(self) -> Iterator[Row]:
         try:
             with self.path.open(encoding="utf-8-sig", newline="") as file:
                 yield from self._csv_rows(file) if self._is_csv else self._json_rows(file)
@@ -80,13 +111,13 @@ class RowsFile:
             raise UsageError(f"cannot read {self.path}: {reason}") from error
 
     def summary(self, num_samples: int) -> RowsSummary:
-        """Read all rows once, so that what is wrong with one is told before anything is sent.
+        """Look at all rows.
 
         Args:
             num_samples: How many images a row asks for that does not say it.
 
         Raises:
-            UsageError: As iterating does; or there is no row.
+            UsageError: There is no row.
         """
         summary = RowsSummary()
         for row in self:

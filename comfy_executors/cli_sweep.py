@@ -79,32 +79,34 @@ def run_sweep(
 
     Raises:
         UsageError: The rows, or what `--resume` finds, cannot work.
+        OutputFileError: There is no room for a copy of the rows.
         BrokenPipeError: Nobody reads stdout any more; the sweep was cancelled.
     """
-    rows = RowsFile(args.vars)
-    summary = rows.summary(args.num_samples)
-    check_columns(rows, summary, template, variables)
-    folder = Path(args.output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot save into {folder}: {error.strerror}") from error
-    facts = {"template": digest(template.text), "options": digest(_kept(args, variables))}
-    with contextlib.closing(Results(folder, facts)) as results:
+    with contextlib.ExitStack() as stack:
+        rows = stack.enter_context(contextlib.closing(RowsFile(args.vars)))
+        summary = rows.summary(args.num_samples)
+        check_columns(rows, summary, template, variables)
+        folder = Path(args.output)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"cannot save into {folder}: {error.strerror}") from error
+        facts = {"template": digest(template.text), "options": digest(_kept(args, variables))}
+        results = stack.enter_context(contextlib.closing(Results(folder, facts)))
         resumed = _begin(results, rows, resume=args.resume)
-        with make_display(summary.images, quiet=args.quiet, made=resumed.images) as display:
-            for warning in text_switches(summary, template):
-                display.note(warning)
-            delivery = _SweepDelivery(args, display, results, folder, summary.rows, resumed)
-            executor = make_executor(args)
-            code = delivery.run(executor, template, rows, variables)
-            if gallery is not None:
-                gallery.began(getattr(executor, "url", None))
-                gallery.add_rows(
-                    record for record in results.records() if record["row"] is not None
-                )
-                tell_page(display, gallery.write(is_sweep=True))
-            return code
+        display = stack.enter_context(
+            make_display(summary.images, quiet=args.quiet, made=resumed.images)
+        )
+        for warning in text_switches(summary, template):
+            display.note(warning)
+        delivery = _SweepDelivery(args, display, results, folder, summary.rows, resumed)
+        executor = make_executor(args)
+        code = delivery.run(executor, template, rows, variables)
+        if gallery is not None:
+            gallery.began(getattr(executor, "url", None))
+            gallery.add_rows(record for record in results.records() if record["row"] is not None)
+            tell_page(display, gallery.write(is_sweep=True))
+        return code
 
 
 def _kept(args: argparse.Namespace, variables: Mapping[str, Any]) -> list[Any]:

@@ -62,6 +62,23 @@ class Cli:
         out, err = process.communicate(timeout=PATIENCE)
         return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
+    def with_files_below(self, size: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run it where no file can have more bytes than this, which is what a full disk is like."""
+        code = (
+            "import resource, sys\n"
+            f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))\n"
+            "from comfy_executors.cli import main\n"
+            "sys.exit(main(sys.argv[1:]))\n"
+        )
+        return subprocess.run(
+            [sys.executable, "-B", "-c", code, *arguments],
+            cwd=self.folder,
+            env=self.environment,
+            encoding="utf-8",
+            capture_output=True,
+            timeout=PATIENCE,
+        )
+
     def within(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run it in this process, which is quicker, with this folder and environment."""
         out, err = io.StringIO(), io.StringIO()

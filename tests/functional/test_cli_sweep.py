@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import random
 import signal
 from collections import Counter
@@ -44,6 +45,10 @@ def write_jsonl(cli: Cli, *rows: Any) -> None:
 
 def records(cli: Cli, output: str = "out") -> list[Any]:
     return events((cli.folder / output / "results.jsonl").read_text("utf-8"))
+
+
+def row_of(record: Any) -> Any:
+    return record["row"]
 
 
 def texts(cli: Cli) -> Counter[str]:
@@ -133,8 +138,13 @@ def test_a_failed_row_stops_no_other(cli: Cli) -> None:
 def test_rows_on_a_terminal(cli: Cli) -> None:
     write_jsonl(cli, {}, {"seconds": 3600})
     with Terminal(cli, *JSONL, "--max-workers", "1") as terminal:
+        # The path comes when the row has been written down, which is after the bar has counted it.
         terminal.wait_for(
-            lambda lines: "row 1: Noise" in lines and any("1/2 [" in x for x in lines)
+            lambda lines: (
+                "row 1: Noise" in lines
+                and any("1/2 [" in x for x in lines)
+                and any(x.startswith("out/00000_") for x in lines)
+            )
         )
         terminal.process.send_signal(signal.SIGINT)
         assert terminal.end() == 130
@@ -156,6 +166,41 @@ def test_a_closed_pipe_ends_the_sweep_and_loses_nothing(cli: Cli) -> None:
     assert cli.within(*CSV, "--var-json", "seconds=0.02", "--resume").returncode == 0
     assert Counter(record["row"] for record in records(cli)) == dict.fromkeys(range(200), 1)
     assert len(cli.saved()) == 200
+
+
+# The file of rows
+
+
+def test_a_file_that_is_rewritten_does_not_disturb_its_sweep(cli: Cli) -> None:
+    # More than is read ahead of the rows that are run.
+    prompts = [f"{index} {'fox ' * 500}" for index in range(100)]
+    write_csv(cli, *({"prompt": prompt} for prompt in prompts))
+    process = cli.start(*CSV, "--max-workers", "1")
+    cli.server.wait_for(lambda server: len(server.prompts) >= 3, PATIENCE)
+    (cli.folder / "rows.csv").write_text('prompt,promt\n"', "utf-8")  # in place, as editors do
+    _, told = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, "error" in told) == (0, False), told
+    assert texts(cli) == dict.fromkeys(prompts, 1)
+    assert [r["variables"]["prompt"] for r in sorted(records(cli), key=row_of)] == prompts
+
+
+def test_rows_come_from_a_pipe(cli: Cli) -> None:
+    os.mkfifo(cli.folder / "rows.csv")
+    process = cli.start(*CSV)
+    (cli.folder / "rows.csv").write_text("prompt\na\nb\n", "utf-8")
+    process.communicate(timeout=PATIENCE)
+    assert (process.returncode, texts(cli)) == (0, {"a": 1, "b": 1})
+
+
+def test_no_room_for_a_copy_of_the_rows_is_told(cli: Cli) -> None:
+    write_csv(cli, *({"prompt": str(index)} for index in range(1000)))
+    done = cli.with_files_below(1000, *CSV)
+    assert (done.returncode, cli.server.prompts) == (2, [])
+    [told] = done.stderr.splitlines()
+    assert told == (
+        "error: cannot make a temporary copy of rows.csv: File too large; "
+        "$TMPDIR names another folder for it"
+    )
 
 
 # What cannot work
