@@ -67,6 +67,7 @@ class RowsFile:
             raise UsageError(f"--vars takes a .csv, .tsv, .jsonl or .ndjson file, not {path}")
         self._is_csv = suffix in _CSV_SUFFIXES
         self._delimiter = "\t" if suffix == ".tsv" else ","
+        self.blank = 0  # rows without anything in them, which are left out
         self._copy = self._copied()  # a line of JSON for each row
 
     def __iter__(self) -> Iterator[Row]:
@@ -141,6 +142,10 @@ class RowsFile:
             self._check_columns(columns)
             for cells in reader:
                 if not cells:
+                    continue
+                # As spreadsheets leave them below a table. One column may well hold an empty text.
+                if len(columns) > 1 and not any(cell.strip() for cell in cells):
+                    self.blank += 1
                     continue
                 if len(cells) != len(columns):
                     raise self._wrong(

@@ -97,6 +97,9 @@ def run_sweep(
         display = stack.enter_context(
             make_display(summary.images, quiet=args.quiet, made=resumed.images)
         )
+        if rows.blank:
+            verb = "is" if rows.blank == 1 else "are"
+            display.note(f"{rows.path}: {counted(rows.blank, 'blank row')} {verb} left out")
         for warning in text_switches(summary, template):
             display.note(warning)
         delivery = _SweepDelivery(args, display, results, folder, summary.rows, resumed)

@@ -102,7 +102,8 @@ def test_json_lines_keep_their_types_and_say_how_a_row_is_run(cli: Cli) -> None:
 
 
 def test_csv_says_how_a_row_is_run(cli: Cli) -> None:
-    write_csv(cli, {"seed": 5, "num_samples": 2}, {"seed": "", "num_samples": ""})
+    rows = ({"prompt": "a", "seed": 5, "num_samples": 2}, {"prompt": "b", "seed": ""})
+    write_csv(cli, *rows)
     assert cli.within(*CSV, "--seed", "8").returncode == 0
     assert sorted(p.graph["1"]["inputs"]["seed"] for p in cli.server.prompts) == [5, 6, 8]
 
@@ -190,6 +191,29 @@ def test_rows_come_from_a_pipe(cli: Cli) -> None:
     (cli.folder / "rows.csv").write_text("prompt\na\nb\n", "utf-8")
     process.communicate(timeout=PATIENCE)
     assert (process.returncode, texts(cli)) == (0, {"a": 1, "b": 1})
+
+
+def test_blank_rows_of_a_spreadsheet_are_no_rows(cli: Cli) -> None:
+    text = "prompt,fail\na,\n,\n\n  , \nb,\n,,,\n,\n"
+    (cli.folder / "rows.csv").write_text(text, "utf-8")
+    done = cli.within(*CSV)
+    assert (done.returncode, texts(cli)) == (0, {"a": 1, "b": 1})
+    assert done.stderr.count("rows.csv: 4 blank rows are left out") == 1
+    (cli.folder / "rows.csv").write_text("prompt,fail\n,\na,\nb,\nc,\n", "utf-8")
+    done = cli.within(*CSV, "--resume")
+    assert "2 of 3 rows are done; 1 to do" in done.stderr
+    assert "rows.csv: 1 blank row is left out" in done.stderr
+    assert {r["row"]: r["variables"]["prompt"] for r in records(cli)} == {0: "a", 1: "b", 2: "c"}
+    assert len(records(cli)) == len(cli.server.prompts) == 3
+    (cli.folder / "rows.csv").write_text("prompt,fail\n,\n", "utf-8")
+    assert "there is no row in rows.csv" in cli.within(*CSV).stderr
+
+
+def test_an_empty_text_alone_in_its_line_is_a_row(cli: Cli) -> None:
+    (cli.folder / "rows.csv").write_text('prompt\n""\n\n" "\n', "utf-8")
+    done = cli.within(*CSV)
+    assert (done.returncode, texts(cli)) == (0, {"": 1, " ": 1})
+    assert "blank" not in done.stderr
 
 
 def test_no_room_for_a_copy_of_the_rows_is_told(cli: Cli) -> None:
