@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import heapq
+import math
 import os
 import time
 from collections import Counter
@@ -148,7 +150,9 @@ class _SweepDelivery:
         self._folder = folder
         self._rows = rows
         self._resumed = resumed
-        self._ids: dict[int, str] = {}  # of the rows in flight
+        self._ids: dict[int, str] = {}  # of the rows in flight, in order
+        # Rows that were written down and are still to be told, by their index; no images.
+        self._untold: list[tuple[int, Record, str | None]] = []
         self._counts: Counter[str] = Counter()
         self._said: set[str] = set()
         self._no_server: BaseException | None = None
@@ -170,7 +174,6 @@ class _SweepDelivery:
                     executor,
                     template,
                     self._calls(rows),
-                    ordered=args.ordered,
                     on_progress=self._display.on_progress,
                     variables=variables,
                     input_images=args.input or None,
@@ -198,7 +201,7 @@ class _SweepDelivery:
             for result in sweep:
                 if isinstance(result.error, _NO_SERVER):
                     self._no_server = result.error
-                    self._tell_error(result)
+                    self._tell_error(result.index, error_text(result.error))
                     return
                 self._settle(result)
         except KeyboardInterrupt:
@@ -206,22 +209,24 @@ class _SweepDelivery:
             raise
 
     def _settle(self, result: RowResult) -> None:
-        """Write down what came of a row, and tell it."""
+        """Write down what came of a row, and tell it, with --ordered when its turn has come."""
         row_id = self._ids.pop(result.index)
         if isinstance(result.error, WorkflowCancelledError):
             return
         record = self._record(result, row_id)
         self._results.append(record)
         self._counts["rows"] += 1
+        error = None
         if result.error is not None:
             self._counts["failed"] += 1
-            self._tell_error(result)
+            error = error_text(result.error)
         else:
             self._counts["images"] += len(result.images)
             self._counts["files"] += len(result.outputs)
             wanted = result.row.get("num_samples", self._args.num_samples)
             self._counts["short"] += falls_short(result, wanted)
-        self._tell_row(record)
+        heapq.heappush(self._untold, (result.index, record, error))
+        self._tell_rows(next(iter(self._ids), math.inf) if self._args.ordered else math.inf)
 
     def _record(self, result: RowResult, row_id: str) -> Record:
         failed = result.error is not None
@@ -293,6 +298,14 @@ class _SweepDelivery:
                 "rows that are not in the file any more, or were changed; they stay"
             )
 
+    def _tell_rows(self, before: float = math.inf) -> None:
+        """Tell the rows that were not told yet, and whose index is below this one."""
+        while self._untold and self._untold[0][0] < before:
+            index, record, error = heapq.heappop(self._untold)
+            if error is not None:
+                self._tell_error(index, error)
+            self._tell_row(record)
+
     def _tell_row(self, record: Record) -> None:
         if self._args.json:
             self._event("row", **record)
@@ -301,15 +314,14 @@ class _SweepDelivery:
         if paths:
             self._display.result(*paths)
 
-    def _tell_error(self, result: RowResult) -> None:
-        assert result.error is not None, "only then there is something to tell"
-        text = error_text(result.error)
+    def _tell_error(self, index: int, text: str) -> None:
         # What is wrong with the graph or the server is wrong for every row: say it once.
         if text not in self._said:
             self._said.add(text)
-            self._display.error(f"error: row {result.index}: {text}")
+            self._display.error(f"error: row {index}: {text}")
 
     def _tell_end(self, interrupted: bool) -> None:
+        self._tell_rows()
         self._display.end_progress()
         counts, seconds = self._counts, time.monotonic() - self._started
         delivered = len(self._resumed.done) + counts["rows"] - counts["failed"]

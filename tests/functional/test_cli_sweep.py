@@ -67,7 +67,7 @@ def test_each_row_is_run_and_written_down(cli: Cli) -> None:
     write_csv(cli, *rows)
     done = cli(*CSV, "--ordered")
     assert done.returncode == 0
-    found = records(cli)
+    found = sorted(records(cli), key=row_of)
     assert [(record["row"], record["variables"]) for record in found] == list(enumerate(rows))
     assert texts(cli) == {"a fox": 1, HOSTILE: 1, "": 1}
     seeds = {p.prompt_id: p.graph["1"]["inputs"]["seed"] for p in cli.server.prompts}
@@ -134,6 +134,29 @@ def test_a_failed_row_stops_no_other(cli: Cli) -> None:
     assert done.stderr.count("boom") == 1
     assert "16 of 20 rows, 32 images in out after" in done.stderr
     assert "; 4 rows failed; " in done.stderr
+
+
+def test_rows_are_told_in_order_when_one_ends_before_another(cli: Cli) -> None:
+    write_jsonl(cli, {}, {"input_images": ["none.png"]}, {}, {"input_images": ["none.png"]}, {})
+    told = events(cli.within(*JSONL, "--ordered", "--json").stdout)
+    assert [event["row"] for event in told if event["event"] == "row"] == [0, 1, 2, 3, 4]
+
+
+def test_rows_that_wait_for_their_turn_to_be_told_are_written_down(cli: Cli) -> None:
+    fail = {"input_images": ["none.png"]}
+    write_jsonl(cli, {"seconds": 3600}, *[fail] * 9, {"prompt": "last"})
+    process = cli.start(*JSONL, "--ordered", "--json", "--max-workers", "2")
+    # Four rows are begun ahead, so that seven have ended when the eleventh is there.
+    cli.server.wait_for(lambda server: len(server.prompts) == 2, PATIENCE)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130
+    written = [record["row"] for record in records(cli)]
+    assert sorted(written) == list(range(1, len(written) + 1))
+    assert len(written) >= 7
+    told = [event["row"] for event in events(out) if event["event"] == "row"]
+    # Ctrl-C may come when a row has just been written down.
+    assert told in (written, written[:-1])
 
 
 def test_rows_on_a_terminal(cli: Cli) -> None:
@@ -367,7 +390,7 @@ def test_a_last_line_without_its_end_is_a_result(cli: Cli) -> None:
     assert cli.within(*CSV, "--resume").returncode == 0
     assert results.read_text("utf-8").startswith(whole)
     assert texts(cli) == {"a": 1, "b": 1, "c": 1}
-    assert [record["row"] for record in records(cli)] == [0, 1, 2]
+    assert sorted(map(row_of, records(cli))) == [0, 1, 2]
 
 
 def test_equal_rows_are_rows_of_their_own(cli: Cli) -> None:
