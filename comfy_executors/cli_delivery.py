@@ -17,6 +17,7 @@ from comfy_executors.errors import (
     AuthenticationError,
     ComfyExecutorsError,
     NodeExecutionError,
+    OutputFileError,
     ServerError,
     ServerUnreachableError,
     TemplateVariablesError,
@@ -124,9 +125,12 @@ class Delivery:
                 "where it says how many"
             )
         self._tell_end(num_samples, interrupted)
+        code = CANCELLED if interrupted else self._exit_code(num_samples)
         if self._gallery is not None:
-            tell_page(self._display, self._gallery.write(seconds=time.monotonic() - self._started))
-        return CANCELLED if interrupted else self._exit_code(num_samples)
+            write = partial(self._gallery.write, seconds=time.monotonic() - self._started)
+            if not tell_page(self._display, write, as_json=self._as_json):
+                code = code or FAILED
+        return code
 
     def _submit(
         self, executor: BaseWorkflowExecutor, template: WorkflowTemplate, **options: Any
@@ -251,10 +255,27 @@ def falls_short(result: BatchResult | RowResult, size: int) -> bool:
     return bool(result.images) or not result.outputs
 
 
-def tell_page(display: Display, page: Path | None) -> None:
-    """Say where the gallery is, so that a terminal makes a link of it."""
+def tell_page(display: Display, write: Callable[[], Path | None], *, as_json: bool) -> bool:
+    """Write the gallery and say where it is, so that a terminal makes a link of it.
+
+    Args:
+        display: Where it is told.
+        write: Writes it, and returns None where there is nothing to show.
+        as_json: Whether stdout is told why it cannot be written, too.
+
+    Returns:
+        Whether it could be written.
+    """
+    try:
+        page = write()
+    except OutputFileError as error:
+        if as_json:
+            display.result(json_line("error", **error_facts(error)))
+        display.error(f"error: {error}")
+        return False
     if page is not None:
         display.note(f"gallery: {page.resolve().as_uri()}")
+    return True
 
 
 def _path(file: WorkflowOutput) -> str:

@@ -10,6 +10,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +110,15 @@ def run_sweep(
         code = delivery.run(executor, template, rows, variables)
         if gallery is not None:
             gallery.began(getattr(executor, "url", None))
-            gallery.add_rows(record for record in results.records() if record["row"] is not None)
-            tell_page(display, gallery.write(is_sweep=True))
+            write = partial(_write_page, gallery, results)
+            if not tell_page(display, write, as_json=args.json):
+                code = code or FAILED
         return code
+
+
+def _write_page(gallery: RunGallery, results: Results) -> Path | None:
+    gallery.add_rows(record for record in results.records() if record["row"] is not None)
+    return gallery.write(is_sweep=True)
 
 
 def _kept(args: argparse.Namespace, variables: Mapping[str, Any]) -> list[Any]:

@@ -459,6 +459,23 @@ def test_a_sweep_that_goes_on_has_one_place(cli: Cli) -> None:
     assert [(batch.row, bool(batch.error)) for batch in run.batches] == [(0, False), (1, False)]
 
 
+@pytest.mark.parametrize("sweep", [(), ("--vars", "rows.csv")])
+def test_a_page_that_cannot_be_written_is_told_when_all_was_delivered(
+    cli: Cli, sweep: tuple[str, ...]
+) -> None:
+    (cli.folder / "rows.csv").write_text("prompt\na\n")
+    done = cli.with_files_below(5000, "run", "bench.jinja", "--gallery", "--json", *sweep)
+    assert (done.returncode, len(cli.saved())) == (1, 1), done.stderr
+    *_, end, error = [json.loads(line) for line in done.stdout.splitlines()]
+    assert (end["event"], end["delivered"]) == ("end", 1)
+    words = "cannot write out/index.html: File too large"
+    assert (error["event"], error["message"]) == ("error", words)
+    assert done.stderr.splitlines()[-1] == f"error: {words}"
+    assert "Traceback" not in done.stderr
+    names = {path.name for path in (cli.folder / "out").iterdir()}
+    assert {name for name in names if "index" in name} == set()
+
+
 def test_a_malformed_row_is_shown_beside_the_others(cli: Cli) -> None:
     rows = [{"prompt": "a"}, {"input_images": 5}, {"seconds": float("nan")}, {"prompt": [1]}]
     rows += [{"fail": float("nan")}]
