@@ -33,7 +33,9 @@ from comfy_executors.cli_results import Record, Results, Resumed, digest, row_id
 from comfy_executors.cli_rows import RowsFile, check_columns, text_switches
 from comfy_executors.errors import (
     AuthenticationError,
+    ComfyExecutorsError,
     EndpointNotFoundError,
+    OutputFileError,
     ServerUnreachableError,
     WorkflowCancelledError,
 )
@@ -43,8 +45,14 @@ from comfy_executors.images import WorkflowOutput
 from comfy_executors.saving import next_free
 from comfy_executors.workflows import WorkflowTemplate
 
-# After these the rows to come would fail one by one, each after a long wait.
-_NO_SERVER = (ServerUnreachableError, AuthenticationError, EndpointNotFoundError)
+# After these the rows to come would fail one by one, each after a long wait; or, on a full disk,
+# each after the GPU has worked for it.
+_ENDING = (
+    ServerUnreachableError,
+    AuthenticationError,
+    EndpointNotFoundError,
+    OutputFileError,
+)
 
 
 def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
@@ -162,7 +170,7 @@ class _SweepDelivery:
         self._untold: list[tuple[int, Record, str | None]] = []
         self._counts: Counter[str] = Counter()
         self._said: set[str] = set()
-        self._no_server: BaseException | None = None
+        self._ended_by: ComfyExecutorsError | None = None
         self._started = time.monotonic()
 
     def run(
@@ -206,11 +214,14 @@ class _SweepDelivery:
     def _take(self, sweep: Iterator[RowResult]) -> None:
         try:
             for result in sweep:
-                if isinstance(result.error, _NO_SERVER):
-                    self._no_server = result.error
+                if isinstance(result.error, _ENDING):
+                    self._ended_by = result.error
                     self._tell_error(result.index, error_text(result.error))
                     return
                 self._settle(result)
+        except OutputFileError as error:
+            self._ended_by = error
+            self._display.error(f"error: {error}")
         except KeyboardInterrupt:
             self._display.note("cancelling, on the server too …")
             raise
@@ -275,7 +286,10 @@ class _SweepDelivery:
                 target = next_free(target)
             given.add(target)
             place = target.relative_to(self._folder)
-            os.replace(output.path, own / place)
+            try:
+                os.replace(output.path, own / place)
+            except OSError as error:
+                raise OutputFileError(f"cannot save {target}: {error.strerror}") from error
             places[output] = place.as_posix()
         return places
 
@@ -359,6 +373,6 @@ class _SweepDelivery:
     def _exit_code(self, interrupted: bool) -> int:
         if interrupted:
             return CANCELLED
-        if self._no_server is not None:
-            return UNREACHABLE
+        if self._ended_by is not None:
+            return FAILED if isinstance(self._ended_by, OutputFileError) else UNREACHABLE
         return FAILED if self._counts["failed"] or self._counts["short"] else DELIVERED

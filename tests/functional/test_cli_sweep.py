@@ -333,6 +333,61 @@ def test_no_server_ends_the_sweep_and_loses_nothing(cli: Cli) -> None:
     assert len(cli.saved()) == 100
 
 
+# A full disk
+
+SIZED = """{
+  "1": {"class_type": "BenchSampler", "inputs": {
+    "seed": 1, "width": {{ width }}, "height": 64, "batch_size": 1, "steps": 4,
+    "seconds": 0, "fail": "", "text": "{{ prompt }}"}},
+  "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "noise"}}
+}"""
+
+
+def test_an_image_that_cannot_be_saved_ends_the_sweep(cli: Cli) -> None:
+    (cli.folder / "sized.jinja").write_text(SIZED, "utf-8")
+    rows = [{"prompt": str(index), "width": 1024 if index == 1 else 16} for index in range(50)]
+    write_jsonl(cli, *rows)
+    sweep = ("run", "sized.jinja", "--vars", "rows.jsonl")
+    done = cli.with_files_below(50_000, *sweep, "--gallery")
+    assert done.returncode == 1
+    error, end = done.stderr.splitlines()[:2]
+    assert error.startswith("error: row 1: cannot save ")
+    assert error.endswith(": File too large")
+    count = len(cli.saved())
+    assert end.startswith(f"{count} of 50 rows, {count} image")
+    assert end.endswith("; run it again with --resume for the rest")
+    # The rows that were begun by then, and no other.
+    sent = len(cli.server.prompts)
+    assert count < sent < 50
+    assert not {"running", "pending"} & cli.statuses().keys()
+    left = {path.name for path in (cli.folder / "out").iterdir()}
+    assert left - {"results.jsonl", "index.html"} == {Path(path).name for path in cli.saved()}
+    assert ("index.html" in left) == (count > 0)
+
+    assert cli.within(*sweep, "--resume").returncode == 0
+    assert len(cli.server.prompts) == sent + 50 - count
+    assert sorted(map(row_of, records(cli))) == list(range(50))
+    assert len(cli.saved()) == 50
+
+
+def test_results_that_cannot_be_written_end_the_sweep(cli: Cli) -> None:
+    rows = [{"prompt": str(index)} for index in range(50)]
+    write_csv(cli, *rows)
+    done = cli.with_files_below(5000, *CSV, "--gallery")
+    assert done.returncode == 1
+    assert 0 < len(cli.server.prompts) < 50
+    assert not {"running", "pending"} & cli.statuses().keys()
+    error, end, gallery = done.stderr.splitlines()
+    assert error == "error: cannot write out/results.jsonl: File too large"
+    whole = (cli.folder / "out" / "results.jsonl").read_text("utf-8").rpartition("\n")[0]
+    count = len(whole.splitlines())
+    assert end.startswith(f"{count} of 50 rows, {count} images in out after ")
+    assert gallery == "error: cannot write out/index.html: File too large"
+    assert cli.within(*CSV, "--resume").returncode == 0
+    assert sorted(map(row_of, records(cli))) == list(range(50))
+    assert len(cli.saved()) == 50
+
+
 # Resuming
 
 

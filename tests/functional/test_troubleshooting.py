@@ -449,6 +449,15 @@ def _(kit: Kit) -> Told:
     return kit.fails(output_dir="/proc/out")
 
 
+@case("cannot save '…': …")
+def _(kit: Kit) -> Told:
+    (kit.folder / "out").mkdir()
+    (kit.folder / "out" / "foxes").touch()  # where a folder is to be
+    changed = graph()
+    changed["2"]["inputs"]["filename_prefix"] = "foxes/fox"
+    return kit.fails(changed, output_dir=kit.folder / "out")
+
+
 @case("Pillow is not installed: run pip install 'comfy-executors[pillow]'")
 def _(kit: Kit) -> Told:
     really_import = builtins.__import__
