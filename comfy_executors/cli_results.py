@@ -7,6 +7,7 @@ a line or no files, once `--resume` has moved what was still to move.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from comfy_executors.cli_delivery import UsageError
 from comfy_executors.errors import OutputFileError
@@ -102,13 +103,17 @@ class Results:
 
         Raises:
             UsageError: They belong to another template or other options, or are no results.
+            OutputFileError: They cannot be read or written.
         """
         temporary = self._folder / f".{FILE_NAME}.new"
         try:
             resumed = self._take_up(ids, temporary)
             os.replace(temporary, self.path)
+        except OSError as error:
+            raise OutputFileError(f"cannot write {temporary}: {error.strerror}") from error
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # where it could not be made, that has been told
+                temporary.unlink(missing_ok=True)
         shutil.rmtree(self._unfinished, ignore_errors=True)
         self._is_ours = True
         return resumed
@@ -147,19 +152,26 @@ class Results:
 
         Raises:
             UsageError: A line is no result.
+            OutputFileError: They cannot be read.
         """
-        if not self.path.exists():
+        try:
+            with self.path.open("rb") as file:
+                yield from self._records(file)
+        except FileNotFoundError:
             return
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    record = json.loads(line)
-                    record["id"], record["error"], record["images"], record["outputs"]
-                except (ValueError, TypeError, KeyError):
-                    if not line.endswith(b"\n"):
-                        return
-                    raise UsageError(f"{self.path}, line {number}, is no result of a row") from None
-                yield record
+        except OSError as error:
+            raise OutputFileError(f"cannot read {self.path}: {error.strerror}") from error
+
+    def _records(self, file: IO[bytes]) -> Iterator[Record]:
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+                record["id"], record["error"], record["images"], record["outputs"]
+            except (ValueError, TypeError, KeyError):
+                if not line.endswith(b"\n"):
+                    return
+                raise UsageError(f"{self.path}, line {number}, is no result of a row") from None
+            yield record
 
     def folder_of(self, row_id: str) -> Path:
         """Tell where a row's files go while it runs."""
@@ -173,15 +185,15 @@ class Results:
                 file is to be, and lies already below `folder_of` the row.
 
         Raises:
-            OutputFileError: It cannot be written.
+            OutputFileError: It cannot be written, or a file not be moved.
         """
+        self._is_ours = False
         try:
-            self._is_ours = False
             self._write((json.dumps({**record, **self._facts}) + "\n").encode())
-            self._move(record)
-            self._is_ours = True
         except OSError as error:
             raise OutputFileError(f"cannot write {self.path}: {error.strerror}") from error
+        self._move(record)
+        self._is_ours = True
         shutil.rmtree(self.folder_of(record["id"]), ignore_errors=True)
 
     def close(self) -> None:
@@ -207,9 +219,12 @@ class Results:
         for entry in (*record["images"], *record["outputs"]):
             source = self.folder_of(record["id"]) / entry["path"]
             target = self._folder / entry["path"]
-            if source.exists():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(source, target)
+            try:
+                if source.exists():
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(source, target)
+            except OSError as error:
+                raise OutputFileError(f"cannot save {target}: {error.strerror}") from error
 
     def _check_facts(self, record: Record) -> None:
         for name, fingerprint in self._facts.items():
@@ -223,7 +238,10 @@ class Results:
 def _lock(folder: Path) -> int | None:
     if fcntl is None:
         return None
-    directory = os.open(folder, os.O_RDONLY)
+    try:
+        directory = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise OutputFileError(f"cannot read {folder}: {error.strerror}") from error
     try:
         fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 from cli_kit import HOSTILE, PATIENCE, Cli, Terminal, events
 
+from comfy_executors import OutputFileError
 from comfy_executors.cli_results import Results, row_ids
 from comfy_executors.devserver import DevServer
 
@@ -386,6 +388,53 @@ def test_results_that_cannot_be_written_end_the_sweep(cli: Cli) -> None:
     assert cli.within(*CSV, "--resume").returncode == 0
     assert sorted(map(row_of, records(cli))) == list(range(50))
     assert len(cli.saved()) == 50
+
+
+def test_no_room_to_resume_is_told(cli: Cli) -> None:
+    write_csv(cli, *({"prompt": str(index)} for index in range(10)))
+    assert cli.within(*CSV).returncode == 0
+    before = (cli.folder / "out" / "results.jsonl").read_bytes()
+    done = cli.with_files_below(2000, *CSV, "--resume")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: cannot write out/.results.jsonl.new: File too large\n"
+    assert (cli.folder / "out" / "results.jsonl").read_bytes() == before
+    assert not (cli.folder / "out" / ".results.jsonl.new").exists()
+    assert cli.within(*CSV, "--resume").returncode == 0
+    assert len(cli.server.prompts) == 10
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (".results.jsonl.new", "cannot write out/.results.jsonl.new: Is a directory"),
+        ("results.jsonl", "cannot read out/results.jsonl: Is a directory"),
+    ],
+)
+def test_what_is_in_the_way_of_resuming_is_told(cli: Cli, name: str, words: str) -> None:
+    write_csv(cli, {"prompt": "x"})
+    (cli.folder / "out" / name).mkdir(parents=True)
+    done = cli.within(*CSV, "--resume")
+    assert (done.returncode, done.stderr) == (2, f"error: {words}\n")
+    assert cli.server.prompts == []
+
+
+def test_files_that_cannot_be_moved_are_told(tmp_path: Path) -> None:
+    row = {"prompt": "x"}
+    [row_id] = row_ids([row])
+    with contextlib.closing(Results(tmp_path, {})) as results:
+        unfinished = results.folder_of(row_id)
+        unfinished.mkdir(parents=True)
+        (unfinished / "a.png").write_bytes(b"a")
+        (tmp_path / "a.png").mkdir()
+        record = {"row": 0, "id": row_id, "error": None, "outputs": []}
+        with pytest.raises(OutputFileError, match=r"cannot save .*a\.png: Is a directory") as told:
+            results.append({**record, "images": [{"path": "a.png"}]})
+        assert isinstance(told.value.__cause__, OSError)
+        with pytest.raises(OutputFileError, match=r"cannot save .*a\.png: Is a directory"):
+            results.resume([row_id])
+        (tmp_path / "a.png").rmdir()
+        assert results.resume([row_id]).done == {0}
+    assert (tmp_path / "a.png").read_bytes() == b"a"
 
 
 # Resuming
