@@ -69,17 +69,17 @@ class Results:
 
     Args:
         folder: Where the images go, too. It exists.
-        facts: What must not change between a run and its resumption, each by its fingerprint,
-            such as `{"template": …}`.
+        digests: What must not change between a run and its resumption, as people call it, and the
+            digest of each, such as `{"the template": …}`.
 
     Raises:
         UsageError: Another process has them open.
         OutputFileError: The folder cannot be read.
     """
 
-    def __init__(self, folder: Path, facts: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path, digests: Mapping[str, str]) -> None:
         self._folder = folder
-        self._facts = dict(facts)
+        self._digests = dict(digests)
         self.path = folder / FILE_NAME
         self._unfinished = folder / _UNFINISHED
         self._file: int | None = None
@@ -124,7 +124,7 @@ class Results:
         kept = 0
         with temporary.open("w", encoding="utf-8", newline="\n") as new:
             for record in self.records():
-                self._check_facts(record)
+                self._check_digests(record)
                 self._move(record)
                 index = index_of.pop(record["id"], None)
                 if record["error"] is not None:
@@ -189,7 +189,7 @@ class Results:
         """
         self._is_ours = False
         try:
-            self._write((json.dumps({**record, **self._facts}) + "\n").encode())
+            self._write((json.dumps({**record, "digests": self._digests}) + "\n").encode())
         except OSError as error:
             raise OutputFileError(f"cannot write {self.path}: {error.strerror}") from error
         self._move(record)
@@ -226,13 +226,20 @@ class Results:
             except OSError as error:
                 raise OutputFileError(f"cannot save {target}: {error.strerror}") from error
 
-    def _check_facts(self, record: Record) -> None:
-        for name, fingerprint in self._facts.items():
-            if record.get(name) != fingerprint:
-                raise UsageError(
-                    f"the {name} changed since {self.path} was begun: --resume would mix two kinds "
-                    "of images; begin anew in another --output"
-                )
+    def _check_digests(self, record: Record) -> None:
+        before = record.get("digests")
+        if not isinstance(before, dict):
+            raise UsageError(
+                f"{self.path} does not say of which template and options its results are: begin "
+                "anew in another --output"
+            )
+        names = {**self._digests, **before}
+        changed = [name for name in names if before.get(name) != self._digests.get(name)]
+        if changed:
+            raise UsageError(
+                f"{', '.join(changed)} changed since {self.path} was begun: --resume would mix two "
+                "kinds of images; begin anew in another --output"
+            )
 
 
 def _lock(folder: Path) -> int | None:

@@ -102,8 +102,8 @@ def run_sweep(
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"cannot save into {folder}: {error.strerror}") from error
-        facts = {"template": digest(template.text), "options": digest(_kept(args, variables))}
-        results = stack.enter_context(contextlib.closing(Results(folder, facts)))
+        digests = _digests(args, template, variables)
+        results = stack.enter_context(contextlib.closing(Results(folder, digests)))
         resumed = _begin(results, rows, resume=args.resume)
         display = stack.enter_context(
             make_display(summary.images, quiet=args.quiet, made=resumed.images)
@@ -129,10 +129,20 @@ def _write_page(gallery: RunGallery, results: Results) -> Path | None:
     return gallery.write(is_sweep=True)
 
 
-def _kept(args: argparse.Namespace, variables: Mapping[str, Any]) -> list[Any]:
-    """What makes other images of the same rows and template."""
-    kept = (args.num_samples, args.batch_size, args.seed, args.input, args.include_previews)
-    return [variables, *kept]
+def _digests(
+    args: argparse.Namespace, template: WorkflowTemplate, variables: Mapping[str, Any]
+) -> dict[str, str]:
+    """Tell apart what makes other images of the same rows."""
+    made_with = {
+        "the template": template.text,
+        "--num-samples": args.num_samples,
+        "--batch-size": args.batch_size,
+        "--seed": args.seed,
+        "--input": args.input,
+        "--include-previews": args.include_previews,
+        **{f"--var {name}": value for name, value in sorted(variables.items())},
+    }
+    return {name: digest(value) for name, value in made_with.items()}
 
 
 def _begin(results: Results, rows: RowsFile, *, resume: bool) -> Resumed:

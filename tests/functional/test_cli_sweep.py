@@ -506,22 +506,57 @@ def test_equal_rows_are_rows_of_their_own(cli: Cli) -> None:
     assert sorted(record["row"] for record in records(cli)) == [0, 1, 2, 3, 4]
 
 
-def test_a_changed_template_or_option_is_noticed(cli: Cli) -> None:
+def test_a_changed_template_or_option_is_named(cli: Cli) -> None:
     write_csv(cli, {"prompt": "x"})
-    assert cli.within(*CSV).returncode == 0
+    made = ("--seed", "5", "--var-json", "seconds=0", "--var", "fail=")
+    assert cli.within(*CSV, *made).returncode == 0
     before = (cli.folder / "out" / "results.jsonl").read_bytes()
-    other = cli.within(*CSV, "--resume", "--seed", "5")
-    assert (other.returncode, "the options changed since" in other.stderr) == (2, True)
+
+    def refused(*options: str) -> str:
+        done = cli.within(*CSV, "--resume", *options)
+        told = done.stderr.partition("; begin anew")[0].partition(": --resume would mix")[0]
+        assert (done.returncode, told.endswith(" since out/results.jsonl was begun")) == (2, True)
+        return told.partition(" changed")[0]
+
+    assert refused("--seed", "6", *made[2:]) == "error: --seed"
+    assert refused(*made, "--num-samples", "2") == "error: --num-samples"
+    assert refused(*made, "--batch-size", "2") == "error: --batch-size"
+    assert refused(*made, "--include-previews") == "error: --include-previews"
+    changed = refused(*made[:2], *made[4:], "--var-json", "seconds=0.01")
+    assert changed == "error: --var seconds"
+    assert refused(*made[:4]) == "error: --var fail"  # not given any more
+    assert refused(*made, "--input", "rows.csv") == "error: --input"
     template = cli.folder / "bench.jinja"
     template.write_text(template.read_text().replace('"width": 16', '"width": 32'))
-    other = cli.within(*CSV, "--resume")
-    assert (other.returncode, "the template changed since" in other.stderr) == (2, True)
-    write_csv(cli, {"prompt": "y"})
+    assert refused(*made) == "error: the template"
+    several = refused("--batch-size", "2", "--var", "prompt=y")
+    assert several == (
+        "error: the template, --batch-size, --seed, --var prompt, --var fail, --var seconds"
+    )
     template.write_text(template.read_text().replace('"width": 32', '"width": 16'))
-    other = cli.within(*CSV, "--resume")
+    write_csv(cli, {"prompt": "y"})
+    other = cli.within(*CSV, "--resume", *made)
     assert (other.returncode, "is --vars the right file?" in other.stderr) == (2, True)
     assert (cli.folder / "out" / "results.jsonl").read_bytes() == before
     assert len(cli.server.prompts) == 1
+
+
+@pytest.mark.parametrize("said", [{"template": "0123", "options": "4567"}, {"digests": "0123"}])
+def test_results_that_do_not_say_how_they_were_made_are_refused(
+    cli: Cli, said: dict[str, str]
+) -> None:
+    write_csv(cli, {"prompt": "x"})
+    assert cli.within(*CSV).returncode == 0
+    [record] = records(cli)
+    del record["digests"]
+    results = cli.folder / "out" / "results.jsonl"
+    results.write_text(json.dumps({**record, **said}) + "\n", "utf-8")
+    done = cli.within(*CSV, "--resume")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: out/results.jsonl does not say of which template and options its results are: "
+        "begin anew in another --output\n",
+    )
 
 
 def test_another_process_is_kept_out(cli: Cli) -> None:
@@ -553,7 +588,7 @@ def test_files_whose_line_was_written_are_moved_later(tmp_path: Path) -> None:
     (unfinished / "00000_a.png").write_bytes(b"a")
     record = {
         "row": 0, "id": row_id, "error": None, "outputs": [], "images": [{"path": "00000_a.png"}],
-        "template": "t",
+        "digests": {"template": "t"},
     }  # fmt: skip
     # As left by a process that was killed between the line and the move.
     (tmp_path / "results.jsonl").write_text(json.dumps(record) + "\n")
@@ -564,7 +599,7 @@ def test_files_whose_line_was_written_are_moved_later(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [((), "is there already"), (("--resume", "--seed", "5"), "the options changed since")],
+    [((), "is there already"), (("--resume", "--seed", "5"), "--seed changed since")],
 )
 def test_a_command_that_is_refused_removes_no_images(
     cli: Cli, options: tuple[str, ...], words: str
