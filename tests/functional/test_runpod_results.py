@@ -192,6 +192,8 @@ def test_outputs_in_a_bucket_are_fetched_without_our_key(
     assert all("Authorization" in put for put in store.puts)
     assert not any("Authorization" in get for get in store.gets)
     assert stub.api_key not in str(store.gets)
+    # The images can be here before the job has ended.
+    stub.wait_for(lambda s: s.jobs[0].status == "COMPLETED", PATIENCE)
     outputs = [event for event in stub.jobs[0].output if event.get("kind") == "output"]
     assert [set(event) & {"data", "url"} for event in outputs] == [{"url"}] * 4
 
