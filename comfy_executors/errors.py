@@ -430,7 +430,7 @@ class WorkflowCancelledError(WorkflowError, concurrent.futures.CancelledError):
 
 class PromptLostError(WorkflowError):
     """Raised when a prompt is in neither the queue nor the history: the server restarted, or
-    somebody cleared its queue."""
+    somebody cleared its queue. On RunPod and Modal also when ComfyUI died before it came to it."""
 
 
 class OutputMissingError(WorkflowError):

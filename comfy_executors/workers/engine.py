@@ -20,6 +20,7 @@ from comfy_executors.errors import (
     InputImageError,
     NodeExecutionError,
     OutputFileError,
+    PromptLostError,
     ServerNotReadyError,
     ServerUnreachableError,
     WorkflowCancelledError,
@@ -328,7 +329,8 @@ class Execution:
                 continue
             yield from self._settle(batch)
             if self.sick and (waiting or self._running):
-                raise WorkflowError(f"the rest of the job was given up: {self.sick}")
+                # None of these began, or all that they made is gone: they can run elsewhere.
+                raise PromptLostError(f"the rest of the job was given up: {self.sick}")
 
     def _begin(self, item: JobGraph) -> Iterator[dict[str, Any]]:
         mark = fingerprint(item, self._document.options)
@@ -360,10 +362,13 @@ class Execution:
         run.futures[0].add_done_callback(lambda _: self._inbox.settle(item.batch))
 
     def _settle(self, batch: int) -> Iterator[dict[str, Any]]:
+        (future,) = self._running[batch].run.futures
+        error = None if future.cancelled() else future.exception()
+        if isinstance(error, ServerUnreachableError):
+            yield from self._blame(error)
+            return
         with self._submitting:
             item, run, outgoing = self._running.pop(batch)
-        (future,) = run.futures
-        error = None if future.cancelled() else future.exception()
         if error is not None:
             yield self._failure(batch, error)
             return
@@ -373,6 +378,18 @@ class Execution:
         del run, outgoing, future, result  # they hold the bytes that were passed on
         self._engine.ledger.remember(self._document.request_id, batch, made)
         yield self._end_of_batch(item, made)
+
+    def _blame(self, error: ServerUnreachableError) -> Iterator[dict[str, Any]]:
+        """Make the death of ComfyUI the error of what it had begun, whichever batch heard of it.
+
+        Those that wait in its queue may hear of it first, and have nothing to do with it.
+        """
+        self.sick = self.sick or _sickness(error)
+        for batch in [batch for batch in self._running if batch in self._inbox.began]:
+            with self._submitting:
+                running = self._running.pop(batch)
+            running.run.cancel()
+            yield self._failure(batch, error)
 
     def _end_of_batch(self, item: JobGraph, made: MadeBatch) -> dict[str, Any]:
         self._counts["batches"] += 1

@@ -27,9 +27,13 @@ class Inbox:
 
     Args:
         is_watched: Whether somebody looks at the progress.
+
+    Attributes:
+        began: The batches that ComfyUI has begun.
     """
 
     def __init__(self, is_watched: bool) -> None:
+        self.began: set[int] = set()
         self._is_watched = is_watched
         self._gap = _GAP_SECONDS if is_watched else _UNWATCHED_GAP_SECONDS
         self._changed = threading.Condition()
@@ -46,6 +50,8 @@ class Inbox:
             event.kind, event.node, event.title, event.step, event.max, event.message
         )
         with self._changed:
+            if event.kind == "started":
+                self.began.add(batch)
             if event.kind in _ALWAYS and self._is_watched:
                 self._newest.pop(batch, None)  # it is of before
                 self._first.append((batch, step))

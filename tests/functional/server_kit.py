@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import threading
 from collections import Counter
 from typing import Any
@@ -28,6 +30,21 @@ def bench_graph(seconds: float = 0.0, **inputs: Any) -> dict[str, Any]:
 
 def bench(seconds: float = 0.0, **inputs: Any) -> WorkflowTemplate:
     return WorkflowTemplate.from_graph(bench_graph(seconds, **inputs))
+
+
+def bench_but(seed: int, **inputs: Any) -> WorkflowTemplate:
+    """`bench()`, with other inputs at one seed."""
+    text = json.dumps(bench_graph(seed=-1)).replace("-1", "{{ seed }}")
+    for name, value in inputs.items():
+        plain = json.dumps(bench_graph()["1"]["inputs"][name])
+        one = f'"{name}": {{{{ {json.dumps(value)} if seed == {seed} else {plain} }}}}'
+        text = text.replace(f'"{name}": {plain}', one)
+    return WorkflowTemplate(text)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
 
 
 def loading() -> WorkflowTemplate:

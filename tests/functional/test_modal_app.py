@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 from modal_kit import Caller, assemble
-from server_kit import PATIENCE
+from server_kit import PATIENCE, free_port
 from worker_kit import bench_document
 
 from comfy_executors import wire
@@ -148,12 +147,6 @@ assert "--extra-model-paths-config" in sys.argv and "--lowvram" in sys.argv
 with DevServer(port=int(sys.argv[sys.argv.index("--port") + 1])):
     threading.Event().wait()
 """
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
 
 
 @pytest.mark.filterwarnings("ignore:.*is executing locally.*:UserWarning")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from modal_client_kit import (
     PNG,
     Prompts,
@@ -28,7 +30,7 @@ from modal_client_kit import (
     waiter,
 )
 from PIL import Image
-from server_kit import ENDLESS, PATIENCE, bench, bench_graph, loading
+from server_kit import ENDLESS, PATIENCE, bench, bench_but, bench_graph, free_port, loading
 
 from comfy_executors import (
     AuthenticationError,
@@ -43,6 +45,7 @@ from comfy_executors import (
     PayloadTooLargeError,
     ServerNotReadyError,
     ServerResponseError,
+    ServerUnreachableError,
     WorkerLostError,
     WorkflowCancelledError,
     WorkflowError,
@@ -50,6 +53,11 @@ from comfy_executors import (
 )
 from comfy_executors.executors import job_budgets, modal, modal_poller
 from comfy_executors.testing import ModalEdge
+from comfy_executors.workers.comfy_process import ComfyProcess
+from comfy_executors.workers.engine import Engine
+from comfy_executors.workers.modal_job import JobRunner
+from comfy_executors.workers.modal_local import LocalBackend
+from comfy_executors.workers.modal_web import create_web
 
 __all__ = ["edge", "prompts", "short_pauses", "site"]
 
@@ -93,8 +101,13 @@ class Hearing:
         with self._changed:
             return [event for event in self.events if event.kind == kind]
 
+    def until(self, holds: Callable[[Any], bool]) -> None:
+        """Wait for such an event."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: any(map(holds, self.events)), PATIENCE)
+
     def wait(self, kind: str, count: int = 1) -> str:
-        """Wait for so many events of a kind, and return the first one's job."""
+        """Wait for so many events of a kind, one or more, and return the first one's job."""
         with self._changed:
             assert self._changed.wait_for(
                 lambda: sum(event.kind == kind for event in self.events) >= count, PATIENCE
@@ -262,6 +275,42 @@ def test_a_job_that_modal_forgets_is_run_again(
     images += run
     assert Counter(image.batch_index for image in images) == Counter(range(4))
     assert edge.calls["submit"] == 2
+
+
+def test_the_death_of_comfyui_costs_the_batch_that_it_ran() -> None:
+    address = f"127.0.0.1:{free_port()}"
+    port = address.partition(":")[2]
+    comfyui = ComfyProcess([sys.executable, "-m", "comfy_executors", "devserver", "--port", port])
+    engine = Engine(address, outage_timeout=1.0, process=comfyui)
+    backend = LocalBackend(JobRunner(engine, prepare=comfyui.ensure_running))
+    heard = Hearing()
+    edge = ModalEdge(create_web(backend), backend=backend)
+    with contextlib.closing(comfyui), edge:
+        executor = ModalWorkflowExecutor(edge.url, edge.key, edge.secret)
+        run = executor.submit_workflow(
+            bench_but(3, seconds=ENDLESS),
+            num_samples=10,
+            seed=0,
+            ignore_errors=True,
+            on_progress=heard,
+        )
+        heard.until(lambda event: (event.kind, event.batch) == ("started", 3))
+        # What was made before it is fetched first: it would be lost with that ComfyUI.
+        history = requests.get(f"http://{address}/history", timeout=PATIENCE).json()
+        heard.wait("done", len(history))
+        assert comfyui._process is not None
+        comfyui._process.kill()
+        images = list(run)
+        executor.close()
+        assert (edge.calls["submit"], comfyui.starts) == (2, 2)
+        # Of the second ComfyUI.
+        history = requests.get(f"http://{address}/history", timeout=PATIENCE).json()
+    assert Counter(image.batch_index for image in images) == Counter({*range(10)} - {3})
+    assert {index: type(error) for index, error in run.errors.items()} == {
+        3: ServerUnreachableError
+    }
+    again = [event.batch for event in heard.of("retry")]
+    assert len({*again} - {3}) == len(again) == len(history)
 
 
 # Trouble on the way; each row of the retry table is in test_modal_calls.py.

@@ -17,7 +17,17 @@ from typing import Any
 import pytest
 from PIL import Image
 from runpod_worker import needs_sdk
-from server_kit import ENDLESS, PATIENCE, bench, bench_graph, ended, loading, served, statuses
+from server_kit import (
+    ENDLESS,
+    PATIENCE,
+    bench,
+    bench_but,
+    bench_graph,
+    ended,
+    loading,
+    served,
+    statuses,
+)
 
 from comfy_executors import (
     InputImageError,
@@ -295,6 +305,27 @@ def test_a_worker_that_stays_silent_is_an_error(make: Make, stub: RunPodStub) ->
         run.result(PATIENCE)
     assert caught.value.job_id == stub.jobs[0].id
     assert len(stub.jobs) == 1
+
+
+def test_the_rest_of_a_job_whose_comfyui_is_sick_is_run_by_a_fresh_worker() -> None:
+    with DevServer() as server, RunPodStub() as stub:
+        workers = [RunPodWorkerProcess(stub, server.address, name) for name in ("one", "two")]
+        with workers[0], workers[1]:
+            executor = RunPodWorkflowExecutor(stub.endpoint_id, stub.api_key, stub.url)
+            run = executor.submit_workflow(
+                bench_but(3, fail="CUDA error: an illegal memory access was encountered"),
+                num_samples=10,
+                seed=0,
+                ignore_errors=True,
+            )
+            images = list(run)
+            executor.close()
+            for worker in workers:
+                worker.kill()
+    assert Counter(image.batch_index for image in images) == Counter({*range(10)} - {3})
+    assert {index: type(error) for index, error in run.errors.items()} == {3: NodeExecutionError}
+    assert [job.executions for job in stub.jobs] == [1, 1]
+    assert len(stub.stopped_workers) == 1
 
 
 def test_a_job_that_runpod_forgets_is_run_again(

@@ -27,6 +27,7 @@ from comfy_executors.devserver import DevServer
 from comfy_executors.errors import (
     GraphError,
     NodeExecutionError,
+    PromptLostError,
     ServerNotReadyError,
     ServerUnreachableError,
     WorkflowCancelledError,
@@ -65,6 +66,17 @@ def until(execution: Execution, kind: str, **facts: Any) -> list[dict[str, Any]]
         if event["kind"] == kind and all(event.get(k) == v for k, v in facts.items()):
             return events
     raise AssertionError(f"no {kind} in {events}")
+
+
+def until_all(execution: Execution, *wanted: tuple[str, int]) -> list[dict[str, Any]]:
+    """Take events until there was one of each of these kinds, or kinds of progress, and batches."""
+    events: list[dict[str, Any]] = []
+    left = {*wanted}
+    while left:
+        event = next(execution)
+        events.append(event)
+        left.discard((event.get("event", event)["kind"], event.get("batch", -1)))
+    return events
 
 
 def saved(server: DevServer, output: wire.WholeOutput) -> bytes:
@@ -335,19 +347,57 @@ def test_a_comfyui_that_has_answered_is_waited_for_as_in_an_outage(server: DevSe
 
 def test_a_comfyui_that_dies_makes_the_worker_sick(server: DevServer) -> None:
     with Engine(server.url, outage_timeout=0.5) as engine:
-        job = bench_document(8, 0.4)
+        endless = [bench_graph(ENDLESS, seed=seed, steps=1000) for seed in range(2, 9)]
+        job = document(bench_graph(), *endless)
         execution = engine.start(job)
-        events = until(execution, "batch")
+        # Nothing is under way then: a request that is being answered keeps its connection open.
+        events = until_all(execution, ("batch", 0), ("queued", 1), ("queued", 2))
         server.faults.refuse_connections = True
         server.drop_websockets()
         answer = put_together([*events, *execution], job)
-    assert "given up" in str(answer.failures.pop(None))
-    assert {type(error) for error in answer.failures.values()} == {ServerUnreachableError}
+    rest = answer.failures.pop(None)
+    assert type(rest) is PromptLostError
+    assert "given up" in str(rest)
+    # None, where no word of its beginning had come.
+    assert [type(error) for error in answer.failures.values()] in ([], [ServerUnreachableError])
     assert execution.sick
     unsettled = {item.batch for item in answer.missing}
-    assert sorted(
-        [*answer.batches, *unsettled, *(number for number in answer.failures if number is not None)]
-    ) == [*range(8)]
+    named = sorted([*answer.batches, *unsettled, *answer.failures], key=str)
+    assert named == [*range(8)]
+
+
+def test_the_batch_that_ran_answers_for_the_death_of_comfyui(server: DevServer) -> None:
+    graph = bench_graph()
+    graph["3"] = bench_graph(100.0, steps=1000, text=["1", 1])["1"]
+    graph["4"] = node("SaveImage", images=["3", 0], filename_prefix="late")
+    # While it waits for its picture it hears of nothing, and the one behind it does.
+    server.faults.delay("GET", "/view", ENDLESS, times=1)
+    with Engine(server.url, outage_timeout=0.5) as engine:
+        job = document(graph, *(bench_graph(seed=seed) for seed in range(2, 5)))
+        execution = engine.start(job)
+        events = until_all(execution, ("started", 0), ("queued", 1))
+        server.wait_for(lambda s: not s.faults._rules, PATIENCE)
+        server.faults.refuse_connections = True
+        server.drop_websockets()
+        answer = put_together([*events, *execution], job)
+    assert {number: type(error) for number, error in answer.failures.items()} == {
+        0: ServerUnreachableError,
+        None: PromptLostError,
+    }
+    assert {item.batch for item in answer.missing} == {1, 2, 3}
+
+
+def test_a_comfyui_that_dies_idle_costs_no_batch(server: DevServer) -> None:
+    with Engine(server.url, outage_timeout=0.5) as engine:
+        stranger_posts(server, ENDLESS)
+        job = bench_document(4)
+        execution = engine.start(job)
+        events = until(execution, "progress", batch=0)
+        server.faults.refuse_connections = True
+        server.drop_websockets()
+        answer = put_together([*events, *execution], job)
+    assert [type(error) for error in answer.failures.values()] == [PromptLostError]
+    assert {item.batch for item in answer.missing} == {0, 1, 2, 3}
 
 
 def test_a_lost_cuda_context_ends_the_job(server: DevServer, engine: Engine) -> None:
@@ -357,7 +407,7 @@ def test_a_lost_cuda_context_ends_the_job(server: DevServer, engine: Engine) -> 
     answer = put_together(execution, document(*graphs))
     assert execution.sick == "CUDA error: device-side assert triggered"
     assert isinstance(answer.failures[0], NodeExecutionError)
-    assert "given up" in str(answer.failures[None])
+    assert isinstance(answer.failures[None], PromptLostError)
     server.wait_for(lambda s: not {"running", "pending"} & set(statuses(s)), PATIENCE)
 
 
