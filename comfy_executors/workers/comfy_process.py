@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import subprocess
 import threading
 from collections.abc import Sequence
@@ -35,6 +36,9 @@ MODEL_FOLDERS = (
     "vae",
     "vae_approx",
 )
+# What such a configuration may name, and the names in it that are none of folders.
+_FOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_SETTINGS = {"base_path", "is_default"}
 
 
 class ComfyProcess:
@@ -94,14 +98,17 @@ def write_model_paths(models: Path, target: Path) -> Path:
     """Write a configuration that has ComfyUI look for models in another folder, too.
 
     Args:
-        models: The folder, with `checkpoints`, `loras` and so on in it.
+        models: The folder, with `checkpoints`, `loras` and so on in it. All folders that it has
+            now are shown, under their names.
         target: The file to be written, for `--extra-model-paths-config`.
 
     Returns:
         That file.
     """
-    folders = {name: name for name in MODEL_FOLDERS}
-    folders["custom_nodes"] = "custom_nodes"
+    # Custom nodes have folders of their own, which only the disk can tell.
+    found = [path.name for path in models.iterdir() if path.is_dir()] if models.is_dir() else []
+    own = [name for name in found if _FOLDER.fullmatch(name) and name not in _SETTINGS]
+    folders = {name: name for name in (*MODEL_FOLDERS, "custom_nodes", *sorted(own))}
     # JSON is YAML, too.
     target.write_text(json.dumps({"models": {"base_path": str(models), **folders}}, indent=2))
     return target

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -363,8 +364,21 @@ def test_a_comfyui_that_starts_again_gets_the_time_of_a_start(server: DevServer)
     process.close()
 
 
-def test_comfyui_is_shown_the_models(tmp_path: Any) -> None:
+def test_comfyui_is_shown_the_models(tmp_path: Path) -> None:
     written = write_model_paths(tmp_path / "models", tmp_path / "paths.yaml")
     paths = json.loads(written.read_text())["models"]
     assert paths.pop("base_path") == str(tmp_path / "models")
     assert {"checkpoints", "loras", "vae", "custom_nodes"} <= set(paths)
+
+
+def test_comfyui_is_shown_the_models_of_custom_nodes(tmp_path: Path) -> None:
+    odd = ["a\nb", ".git", "base_path", "is_default", "..."]
+    for name in ["checkpoints", "ipadapter", "LLM", "my-models_2", *odd]:
+        (tmp_path / name).mkdir()
+    (tmp_path / "readme").write_text("no folder")
+    (tmp_path / "linked").symlink_to(tmp_path / "nowhere")
+    paths = json.loads(write_model_paths(tmp_path, tmp_path / "paths.yaml").read_text())["models"]
+    assert paths.pop("base_path") == str(tmp_path)
+    assert {"checkpoints", "ipadapter", "LLM", "my-models_2"} <= set(paths)
+    assert not {*odd, "readme", "linked"} & set(paths)
+    assert all(name == folder for name, folder in paths.items())
