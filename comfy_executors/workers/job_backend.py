@@ -37,6 +37,9 @@ _ORPHAN_SECONDS = 60.0  # after which a submit that never told its call was ende
 _SUBMIT_SECONDS = 10.0  # that a second submit waits for the first
 _SUBMIT_PAUSE = 0.25
 _OUTPUT_SECONDS = 5.0
+# Half of the time for which files are kept: an older input is put again, since it could be cleaned
+# away while a job waits, and nothing but writing makes a file on a Volume younger.
+_INPUT_SECONDS = 4 * 24 * 3600.0
 
 
 class RefusalError(Exception):
@@ -196,11 +199,12 @@ class JobBackend(abc.ABC):
         return OutputFile(name, event["size"], event["sha256"], content)
 
     async def has_input(self, sha256: str) -> bool:
-        """Tell whether an input image is there."""
-        return await self.has_file(f"inputs/{sha256}")
+        """Tell whether an input image is there, and will be while a job waits for it."""
+        written = await self.written_at(f"inputs/{sha256}")
+        return written is not None and time.time() - written < _INPUT_SECONDS
 
     async def put_input(self, sha256: str, data: bytes) -> bool:
-        """Keep an input image; tell whether it is new.
+        """Keep an input image; tell whether it is new, or was old enough to be written again.
 
         Raises:
             RefusalError: It has another digest.
@@ -363,11 +367,11 @@ class JobBackend(abc.ABC):
 
     @abc.abstractmethod
     async def write_file(self, path: str, data: bytes) -> None:
-        """Write a file, whole or not at all."""
+        """Write a file, whole or not at all, over the one that is there."""
 
     @abc.abstractmethod
-    async def has_file(self, path: str) -> bool:
-        """Tell whether there is a file."""
+    async def written_at(self, path: str) -> float | None:
+        """Tell when a file was written, in seconds since the epoch; None where there is none."""
 
     @abc.abstractmethod
     async def counts(self) -> dict[str, int | None]:

@@ -226,12 +226,13 @@ class ModalBackend(JobBackend):
         async with self._places.files.batch_upload(force=True) as batch:
             batch.put_file(io.BytesIO(data), path)
 
-    async def has_file(self, path: str) -> bool:
+    async def written_at(self, path: str) -> float | None:
         try:
             entries = await self._places.files.listdir.aio(path)
         except (FileNotFoundError, self._modal.exception.NotFoundError):
-            return False
-        return any(entry.path.strip("/") == path for entry in entries)
+            return None
+        times = (float(entry.mtime) for entry in entries if entry.path.strip("/") == path)
+        return next(times, None)
 
     async def counts(self) -> dict[str, int | None]:
         try:

@@ -260,10 +260,11 @@ class LocalBackend(JobBackend):
         return _pieces(file) if file.is_file() else None
 
     async def write_file(self, path: str, data: bytes) -> None:
-        await asyncio.to_thread(save_bytes, data, self.directory / path)
+        await asyncio.to_thread(_write_over, data, self.directory / path)
 
-    async def has_file(self, path: str) -> bool:
-        return (self.directory / path).is_file()
+    async def written_at(self, path: str) -> float | None:
+        file = self.directory / path
+        return file.stat().st_mtime if file.is_file() else None
 
     async def counts(self) -> dict[str, int | None]:
         with self._lock:
@@ -279,6 +280,12 @@ class LocalBackend(JobBackend):
 def _ended_by(call: _Call) -> Outcome:
     words = "was cancelled" if call.fate == "cancelled" else "its container was killed"
     return Outcome(failure=WorkerLostError(words, job_id=call.id))
+
+
+def _write_over(data: bytes, path: Path) -> None:
+    written = save_bytes(data, path)  # beside the one that is there
+    if written != path:
+        written.replace(path)
 
 
 async def _pieces(path: Path) -> AsyncIterator[bytes]:

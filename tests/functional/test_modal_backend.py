@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import time
 from collections.abc import Coroutine, Iterator
@@ -191,9 +192,9 @@ def test_files_are_kept_on_the_volume_and_cleaned_away(
     async def use() -> None:
         await backend.write_file("inputs/ab", large)
         await backend.write_file("inputs/cd", b"new")
-        assert await backend.has_file("inputs/ab")
-        assert not await backend.has_file("inputs/a")
-        assert not await backend.has_file("inputs/nothing")
+        assert time.time() - (await backend.written_at("inputs/ab") or 0.0) < PATIENCE
+        assert await backend.written_at("inputs/a") is None
+        assert await backend.written_at("inputs/nothing") is None
         assert await backend.read_file("outputs/nothing") is None
         pieces = await backend.read_file("inputs/ab")
         assert pieces is not None
@@ -210,6 +211,19 @@ def test_files_are_kept_on_the_volume_and_cleaned_away(
         plane.files[name] = plane.files[name][0], time.time() - week
     assert places.clean() == 2
     assert sorted(plane.files) == ["inputs/cd"]
+
+
+def test_an_input_that_is_put_again_when_it_is_old_stays(
+    plane: ControlPlane, backend: ModalBackend, places: ModalPlaces
+) -> None:
+    data = b"picture"
+    digest = hashlib.sha256(data).hexdigest()
+    plane.files[f"inputs/{digest}"] = data, time.time() - 9 * 24 * 3600
+    assert not wait(backend.has_input(digest))
+    assert wait(backend.put_input(digest, data))
+    assert wait(backend.has_input(digest))
+    assert not wait(backend.put_input(digest, data))
+    assert places.clean() == 0
 
 
 # The whole way: routes, SDK, job, engine, dev server.

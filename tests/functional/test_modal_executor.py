@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -195,6 +197,18 @@ def test_input_images_are_uploaded_once(make: Make, edge: ModalEdge, prompts: Pr
         delivered(executor.submit_workflow(loading(), images, num_samples=4), 4)
     assert edge.calls["input"] == 2
     assert prompts.statuses == {"success": 8}
+
+
+def test_an_executor_puts_its_old_input_images_again(
+    make: Make, edge: ModalEdge, prompts: Prompts
+) -> None:
+    executor = make()
+    data = picture("yellow")
+    kept = edge.backend.directory / "inputs" / hashlib.sha256(data).hexdigest()
+    for puts in (1, 2):
+        executor.submit_workflow(loading(), [data]).result(PATIENCE)
+        assert edge.calls["input"] == puts
+        os.utime(kept, times=(0.0, 0.0))
 
 
 def test_input_images_may_be_urls(make: Make, edge: ModalEdge) -> None:

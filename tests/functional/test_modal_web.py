@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
 import threading
@@ -329,6 +330,27 @@ def test_inputs_are_put_once_and_named_by_their_digest(
     assert last["state"] == "done"
     assert assemble(events, job).failures == {}
     assert (server.directory / "input" / "a.png").read_bytes() == data
+
+
+def test_an_input_that_has_lain_long_is_put_again_before_a_job_waits_for_it(
+    app: Caller, edge: ModalEdge
+) -> None:
+    data = uuid.uuid4().bytes
+    path = f"/v1/inputs/{digest(data)}"
+    file = edge.backend.directory / "inputs" / digest(data)
+    named = (wire.InputFile("a.png", sha256=digest(data)),)
+    job = wire.encode_document(document(bench_graph(), input_images=named))
+    app.call("PUT", path, data=data)
+    days = 24 * 3600.0
+    os.utime(file, times=(time.time() - 3 * days,) * 2)
+    assert app.call("PUT", path, data=data).status_code == 200
+    assert app.call("HEAD", path).status_code == 200
+    os.utime(file, times=(time.time() - 5 * days,) * 2)
+    assert app.call("HEAD", path).status_code == 404
+    assert app.post("/v1/jobs", job).status_code == 409
+    assert app.call("PUT", path, data=data).status_code == 201
+    assert time.time() - file.stat().st_mtime < days
+    assert app.post("/v1/jobs", job).status_code == 202
 
 
 def test_an_input_that_is_gone_when_the_job_begins_is_an_error_of_the_job(
