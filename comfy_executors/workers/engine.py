@@ -31,6 +31,7 @@ from comfy_executors.runs import WorkflowRun
 from comfy_executors.saving import safe_name
 from comfy_executors.wire import (
     BatchEnded,
+    CompleteBatch,
     End,
     Failed,
     InputFile,
@@ -70,6 +71,9 @@ class JobFiles(Protocol):
 
     def read_input(self, sha256: str, name: str) -> bytes:
         """Return an input image by its digest; InputImageError where it is not there."""
+
+    def recall(self, batch: int) -> CompleteBatch | None:
+        """Return a batch that an earlier attempt of the job made, if all of it is kept."""
 
 
 class Engine:
@@ -333,13 +337,9 @@ class Execution:
                 raise PromptLostError(f"the rest of the job was given up: {self.sick}")
 
     def _begin(self, item: JobGraph) -> Iterator[dict[str, Any]]:
-        mark = fingerprint(item, self._document.options)
-        made = self._engine.ledger.recall(self._document.request_id, item.batch, mark)
-        found = fetch_again(made, self._client, self._waiter) if made else None
-        if made is not None and found is not None:
-            while found:
-                yield from self._send(item.batch, *found.popleft())
-            yield self._end_of_batch(item, made)
+        again = self._again(item)
+        if again is not None:
+            yield from again
             return
         try:
             self._submit(item)
@@ -347,6 +347,31 @@ class Execution:
             raise
         except ComfyExecutorsError as error:
             yield self._failure(item.batch, error)
+
+    def _again(self, item: JobGraph) -> Iterator[dict[str, Any]] | None:
+        """Tell again of a batch that an earlier attempt made; None where it is to be run."""
+        if self._files is not None:
+            kept = self._files.recall(item.batch)
+            return None if kept is None else self._tell_kept(kept)
+        mark = fingerprint(item, self._document.options)
+        made = self._engine.ledger.recall(self._document.request_id, item.batch, mark)
+        found = fetch_again(made, self._client, self._waiter) if made else None
+        if made is None or found is None:
+            return None
+        return self._tell_fetched(item.batch, made, found)
+
+    def _tell_kept(self, kept: CompleteBatch) -> Iterator[dict[str, Any]]:
+        for output in kept.outputs:
+            yield self._event(OutputPart, part=0, parts=1, **vars(output))
+        numbers = tuple(output.output for output in kept.outputs)
+        yield self._end_of_batch(kept.batch, numbers, kept.prompt_id, kept.seconds)
+
+    def _tell_fetched(
+        self, batch: int, made: MadeBatch, found: deque[tuple[MadeOutput, bytes]]
+    ) -> Iterator[dict[str, Any]]:
+        while found:
+            yield from self._send(batch, *found.popleft())
+        yield self._end_of_batch(batch, made.numbers, made.prompt_id, made.seconds)
 
     def _submit(self, item: JobGraph) -> None:
         with self._submitting:
@@ -376,8 +401,9 @@ class Execution:
         mark = fingerprint(item, self._document.options)
         made = MadeBatch(mark, outgoing.finish(result), result.prompt_id, result.seconds)
         del run, outgoing, future, result  # they hold the bytes that were passed on
-        self._engine.ledger.remember(self._document.request_id, batch, made)
-        yield self._end_of_batch(item, made)
+        if self._files is None:
+            self._engine.ledger.remember(self._document.request_id, batch, made)
+        yield self._end_of_batch(batch, made.numbers, made.prompt_id, made.seconds)
 
     def _blame(self, error: ServerUnreachableError) -> Iterator[dict[str, Any]]:
         """Make the death of ComfyUI the error of what it had begun, whichever batch heard of it.
@@ -391,16 +417,18 @@ class Execution:
             running.run.cancel()
             yield self._failure(batch, error)
 
-    def _end_of_batch(self, item: JobGraph, made: MadeBatch) -> dict[str, Any]:
+    def _end_of_batch(
+        self, batch: int, numbers: tuple[int, ...], prompt_id: str | None, seconds: float
+    ) -> dict[str, Any]:
         self._counts["batches"] += 1
-        self._counts["outputs"] += len(made.outputs)
+        self._counts["outputs"] += len(numbers)
         return self._event(
             BatchEnded,
-            batch=item.batch,
-            outputs=len(made.outputs),
-            prompt_id=made.prompt_id,
-            seconds=round(made.seconds, 3),
-            numbers=tuple(output.number for output in made.outputs),
+            batch=batch,
+            outputs=len(numbers),
+            prompt_id=prompt_id,
+            seconds=round(seconds, 3),
+            numbers=numbers,
         )
 
     def _send(self, batch: int, made: MadeOutput, data: bytes) -> Iterator[dict[str, Any]]:

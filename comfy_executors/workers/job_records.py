@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -33,6 +33,12 @@ class JobChannel(Protocol):
 
     def emit(self, events: Sequence[Mapping[str, Any]]) -> None:
         """Tell events, in order."""
+
+    def events(self) -> Iterable[Mapping[str, Any]]:
+        """Return the events that this job has told, in all its attempts."""
+
+    def kept_outputs(self) -> set[str]:
+        """Return the names of the outputs of this job that are kept."""
 
     def write_output(self, name: str, data: bytes) -> None:
         """Keep an output of this job; OutputFileError where it cannot be."""

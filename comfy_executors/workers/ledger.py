@@ -1,6 +1,7 @@
 """What a worker remembers of the jobs that it has done, for those that come a second time.
 
-RunPod begins a job anew when its worker seemed dead, and may hand it to the same one again.
+RunPod begins a job anew when its worker seemed dead, and may hand it to the same one again. Jobs
+of an app that keeps their files are recalled from these instead; see `engine.JobFiles`.
 """
 
 from __future__ import annotations
@@ -60,6 +61,11 @@ class MadeBatch:
     outputs: tuple[MadeOutput, ...]
     prompt_id: str | None
     seconds: float
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The numbers of its outputs."""
+        return tuple(output.number for output in self.outputs)
 
 
 @dataclass

@@ -13,6 +13,7 @@ import queue
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from importlib import import_module
+from pathlib import PurePosixPath
 from typing import Any
 
 from comfy_executors.errors import (
@@ -66,14 +67,15 @@ class ModalPlaces:
         old = [
             entry.path
             for folder in _FOLDERS
-            for entry in self._listed(folder)
+            for entry in self.listed(folder)
             if entry.mtime < limit
         ]
         for path in old:
             self.files.remove_file(path, recursive=True)
         return len(old)
 
-    def _listed(self, folder: str) -> list[Any]:
+    def listed(self, folder: str) -> list[Any]:
+        """Return the entries of a folder of the Volume."""
         try:
             return list(self.files.listdir(folder))
         except (FileNotFoundError, self.modal.exception.NotFoundError):
@@ -121,6 +123,17 @@ class ModalChannel:
         except (self._error, builtins.TimeoutError) as error:
             # What the job returns has them all; until then an image comes late.
             logger.warning("job %s: events are not told yet: %s", self.call_id, error)
+
+    def events(self) -> list[Mapping[str, Any]]:
+        return [
+            event
+            for events in self._places.events.iterate(partition=self.call_id)
+            for event in events
+        ]
+
+    def kept_outputs(self) -> set[str]:
+        entries = self._places.listed(f"outputs/{self.call_id}")
+        return {PurePosixPath(entry.path).name for entry in entries}
 
     def write_output(self, name: str, data: bytes) -> None:
         try:

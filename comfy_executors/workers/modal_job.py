@@ -14,7 +14,15 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from comfy_executors.errors import InputImageError, JobTimeoutError, WorkflowCancelledError
-from comfy_executors.wire import End, Failed, JobDocument, decode_document, encode_event
+from comfy_executors.wire import (
+    Assembler,
+    CompleteBatch,
+    End,
+    Failed,
+    JobDocument,
+    decode_document,
+    encode_event,
+)
 from comfy_executors.workers.engine import Engine, Execution
 from comfy_executors.workers.job_records import (
     Envelope,
@@ -93,7 +101,8 @@ class JobRunner:
         if self._prepare is not None:
             self._prepare()
         attempt = _count_attempt(channel)
-        execution = self._engine.start(document, files=_JobFiles(channel, attempt))
+        made = _made_before(document, channel) if attempt > 1 else {}
+        execution = self._engine.start(document, files=_JobFiles(channel, attempt, made))
         with self._lock:
             self._running[channel.call_id] = execution
         story = _Story(channel, attempt)
@@ -148,6 +157,23 @@ def _count_attempt(channel: JobChannel) -> int:
     return attempt
 
 
+def _made_before(document: JobDocument, channel: JobChannel) -> dict[int, CompleteBatch]:
+    """Find the batches that earlier attempts made, in other containers, and that are kept."""
+    assembler = Assembler((item.batch for item in document.graphs), keeps_data=False)
+    try:
+        kept = channel.kept_outputs()
+        news = [
+            item
+            for event in channel.events()
+            if event["kind"] != "output" or PurePosixPath(event.get("url", "")).name in kept
+            for item in assembler.add(event)
+        ]
+    except Exception:
+        logger.warning("job %s: all of it is run again", channel.call_id, exc_info=True)
+        return {}
+    return {item.batch: item for item in news if isinstance(item, CompleteBatch)}
+
+
 class _TimeLimit:
     """Ends an execution that takes too long."""
 
@@ -172,9 +198,12 @@ class _TimeLimit:
 class _JobFiles:
     """The outputs and input images of one attempt; see `engine.JobFiles`."""
 
-    def __init__(self, channel: JobChannel, attempt: int) -> None:
+    def __init__(
+        self, channel: JobChannel, attempt: int, made_before: Mapping[int, CompleteBatch]
+    ) -> None:
         self._channel = channel
         self._attempt = attempt
+        self._made_before = made_before
         # A batch that runs again makes other files, which must not take the place of the first.
         self._numbers = itertools.count()
 
@@ -197,6 +226,10 @@ class _JobFiles:
         if data is None:
             raise InputImageError(f"the input image {name} is not kept any more: submit it again")
         return data
+
+    def recall(self, batch: int) -> CompleteBatch | None:
+        """Return a batch that an earlier attempt made, if all of it is kept."""
+        return self._made_before.get(batch)
 
 
 class _Story:

@@ -65,6 +65,10 @@ class _Feed:
             with contextlib.suppress(RuntimeError):  # its loop was closed meanwhile
                 loop.call_soon_threadsafe(event.set)
 
+    def events(self) -> list[Mapping[str, Any]]:
+        with self._lock:
+            return [event for events in self._told for event in events]
+
     async def follow(self) -> AsyncGenerator[list[dict[str, Any]], None]:
         seen = 0
         while True:
@@ -120,8 +124,18 @@ class _LocalChannel:
     def emit(self, events: Sequence[Mapping[str, Any]]) -> None:
         self._call.feed.tell(events)
 
+    def events(self) -> list[Mapping[str, Any]]:
+        return self._call.feed.events()
+
+    def kept_outputs(self) -> set[str]:
+        return {path.name for path in self._outputs.glob("*")}
+
     def write_output(self, name: str, data: bytes) -> None:
-        save_bytes(data, self._backend.directory / "outputs" / self.call_id / name)
+        save_bytes(data, self._outputs / name)
+
+    @property
+    def _outputs(self) -> Path:
+        return self._backend.directory / "outputs" / self.call_id
 
     def read_input(self, sha256: str) -> bytes | None:
         path = self._backend.directory / "inputs" / sha256

@@ -271,6 +271,21 @@ def test_a_job_runs_from_its_submit_to_its_files(
     assert (health["backend"], health["queued"], health["running"]) == ("modal", 2, 1)
 
 
+def test_a_container_that_takes_over_finds_what_was_made(
+    app: Caller, runner: JobRunner, server: DevServer, plane: ControlPlane, places: ModalPlaces
+) -> None:
+    job = bench_document(3)
+    job_id = app.submit(job)
+    app.finish(job_id)
+    del plane.files[next(name for name in plane.files if "/1_00001_" in name)]
+    other = JobRunner(Engine(server.address))
+    again = other.run(wire.encode_document(job), ModalChannel(places, job_id))
+    other.close()
+    assert again["attempt"] == 2
+    assert sorted(assemble(again["events"], job).batches) == [0, 1, 2]
+    assert statuses(server) == {"success": 4}
+
+
 def test_what_a_full_queue_lost_comes_with_the_end(
     app: Caller, runner: JobRunner, plane: ControlPlane, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -74,6 +74,13 @@ class Channel:
             self.told.extend(events)
             self.changed.notify_all()
 
+    def events(self) -> list[Mapping[str, Any]]:
+        self._maybe("events")
+        return self.told
+
+    def kept_outputs(self) -> set[str]:
+        return {*self.files}
+
     def write_output(self, name: str, data: bytes) -> None:
         self._maybe("write_output")
         self.files[name] = data
@@ -204,7 +211,7 @@ def test_a_second_call_of_a_request_runs_nothing(server: DevServer) -> None:
 def test_a_call_that_modal_begins_again_elsewhere_is_its_second_attempt(
     server: DevServer,
 ) -> None:
-    """The container was taken away; the new one knows nothing of the first but the records."""
+    """The container was taken away; the new one knows of the first what that wrote down."""
     channel = Channel()
     job = bench_document(1)
     attempts = [run(server, job, channel) for _ in range(2)]
@@ -213,7 +220,8 @@ def test_a_call_that_modal_begins_again_elsewhere_is_its_second_attempt(
         ("done", 2),
     ]
     assert {event["attempt"] for event in attempts[1].events} == {2}
-    assert sorted(channel.files) == ["1_00000_00000.png", "2_00000_00000.png"]
+    assert sorted(channel.files) == ["1_00000_00000.png"]
+    assert statuses(server) == {"success": 1}
 
 
 def test_a_comfyui_that_never_comes_makes_the_container_sick(server: DevServer) -> None:
@@ -303,9 +311,8 @@ def test_a_job_that_is_restarted_tells_a_higher_attempt(
     assert sorted(answer.batches) == [0, 1, 2]
     assert answer.attempts == {2}
     outputs = [event for event in events if event["kind"] == "output"]
-    assert len({event["url"] for event in outputs}) == len(outputs)
     assert all(app.output(event) for event in outputs)
-    # What the first attempt had made is fetched again, and not run again.
+    assert len({event["url"] for event in outputs}) == 3
     assert statuses(server)["success"] == 3
     assert first
 
@@ -317,6 +324,35 @@ def test_a_job_whose_container_is_killed_has_failed(app: Caller, edge: ModalEdge
     last, _ = app.finish(job_id)
     assert last["state"] == "failed"
     assert isinstance(failure_of(last), WorkerLostError)
+
+
+def test_another_container_runs_only_what_is_not_kept(server: DevServer) -> None:
+    job = bench_document(4)
+    channel = Channel()
+    first = run(server, job, channel)
+    del channel.files[next(name for name in channel.files if name.startswith("1_00001_"))]
+    unheard = [e for e in channel.told if e["kind"] == "output" and e["batch"] == 3]
+    channel.told = [event for event in channel.told if event not in unheard]
+    second = run(server, job, channel)
+    assert (first.attempt, second.attempt) == (1, 2)
+    answer = assemble([*second.events], job)
+    assert sorted(answer.batches) == [0, 1, 2, 3]
+    assert statuses(server) == {"success": 6}
+    names = {output.url for batch in answer.batches.values() for output in batch.outputs}
+    assert {str(name).rpartition("/")[2] for name in names} <= {*channel.files}
+    third = run(server, job, channel)
+    assert sorted(assemble([*third.events], job).batches) == [0, 1, 2, 3]
+    assert statuses(server) == {"success": 6}
+
+
+def test_a_container_that_cannot_read_what_was_made_runs_it_again(server: DevServer) -> None:
+    job = bench_document(2)
+    channel = Channel()
+    run(server, job, channel)
+    channel.raises["events"] = RuntimeError("no queue")
+    again = run(server, job, channel)
+    assert sorted(assemble([*again.events], job).batches) == [0, 1]
+    assert statuses(server) == {"success": 4}
 
 
 # The process.
