@@ -50,6 +50,12 @@ class ModalJob:
         """Whether nothing more will come of it."""
         return self.state in FINAL
 
+    @property
+    def attempt(self) -> int:
+        """The highest attempt that the events are of, or 1 where there are none."""
+        attempts = [event.get("attempt") for event in self.events]
+        return max((attempt for attempt in attempts if isinstance(attempt, int)), default=1)
+
 
 @dataclass(frozen=True)
 class ModalHealth:

@@ -56,13 +56,15 @@ class JobBudgets:
         self._server = server
         self._limits = limits
         self.in_queue = True
+        self._attempt = 1
         self._since = time.monotonic()
         self._explained = float("-inf")
 
-    def see(self, in_queue: bool) -> None:
-        """Take down whether the job waits; each change begins a budget anew."""
-        if in_queue != self.in_queue:
+    def see(self, in_queue: bool, attempt: int = 1) -> None:
+        """Take down whether the job waits, and in which attempt; a change begins a budget anew."""
+        if in_queue != self.in_queue or attempt > self._attempt:
             self.in_queue = in_queue
+            self._attempt = max(attempt, self._attempt)
             self._since = time.monotonic()
 
     def left(self) -> float:

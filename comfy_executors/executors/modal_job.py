@@ -128,7 +128,7 @@ class ModalJobRun(JobRun):
             return
         if isinstance(news, ComfyExecutorsError):
             raise news
-        budgets.see(news.state == QUEUED)
+        budgets.see(news.state == QUEUED, news.attempt)
         yield from self._results.take(news.events)
         if news.is_final:
             self._end = news

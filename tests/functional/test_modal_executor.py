@@ -268,6 +268,30 @@ def test_a_job_that_is_restarted_delivers_nothing_twice(
     assert prompts.statuses["success"] in (5, 6)
 
 
+def test_a_job_that_is_restarted_has_its_time_anew(
+    make: Make, edge: ModalEdge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Clock:
+        now = 0.0
+
+        def monotonic(self) -> float:
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr(job_budgets, "time", clock)
+    heard = Hearing()
+    run = make(execution_timeout=60).submit_workflow(bench(100.0, steps=1000), on_progress=heard)
+    heard.wait("step")
+    clock.now = 50.0
+    edge.backend.restart(heard.wait("queued"))
+    heard.wait("started", 2)
+    clock.now = 100.0
+    heard.wait("step", len(heard.of("step")) + 2)
+    run.cancel()
+    with pytest.raises(WorkflowCancelledError):
+        run.futures[0].result(PATIENCE)
+
+
 def test_a_job_whose_container_dies_for_good(make: Make, edge: ModalEdge) -> None:
     heard = Hearing()
     run = make().submit_workflow(bench(0.2), num_samples=5, ignore_errors=True, on_progress=heard)

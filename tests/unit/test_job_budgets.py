@@ -81,6 +81,18 @@ def test_each_change_begins_a_budget(time: Time, told: Told) -> None:
     assert budgets.left() == 60
 
 
+def test_a_job_that_begins_anew_has_its_time_anew(time: Time, told: Told) -> None:
+    budgets = budgets_of(told, queue_timeout=60, execution_timeout=20)
+    budgets.see(in_queue=False)
+    time.now += 15
+    budgets.see(in_queue=False, attempt=2)  # its container was taken away
+    assert budgets.left() == 20
+    time.now += 15
+    for attempt in (1, 2):  # late news, and more of the same
+        budgets.see(in_queue=False, attempt=attempt)
+    assert budgets.left() == 5
+
+
 def test_a_queue_is_explained_every_fifteen_seconds(time: Time, told: Told) -> None:
     budgets = budgets_of(told, queue_timeout=100, execution_timeout=20)
     for _ in range(80):
