@@ -216,11 +216,12 @@ class OfficialWorker:
             error = status.failure(server)
             if error is None:  # such as an empty list
                 raise _unknown(status.output)
-            if not self.is_known or not isinstance(
-                error, (RunPodJobFailedError, JobResultLostError)
-            ):
-                raise error
             numbers = [*(batches if joined is None else joined.batches)]
+            is_lost = isinstance(error, JobResultLostError)
+            # Our own worker would have told something in its stream, and each batch by itself.
+            is_official = self.is_known or (is_lost and joined is not None and len(numbers) > 1)
+            if not is_official or not (is_lost or isinstance(error, RunPodJobFailedError)):
+                raise error
             return Shares(iter(()), numbers, error, "validation" not in str(error).lower())
         answer = parse_official(output)
         if joined is None:

@@ -276,13 +276,26 @@ def test_a_lost_result_says_what_to_do(make: Make, stub: RunPodStub) -> None:
     assert len(stub.jobs) == 1
 
 
+@pytest.mark.parametrize("worker", ["auto", "worker-comfyui"])
 def test_a_lost_result_of_several_batches_is_made_in_smaller_jobs(
-    make: Make, stub: RunPodStub, server: DevServer
+    make: Make, stub: RunPodStub, server: DevServer, worker: str
 ) -> None:
     stub.faults.lose_result()
-    images = make().submit_workflow(bench(), num_samples=3).result(PATIENCE)
+    images = make(worker).submit_workflow(bench(), num_samples=3).result(PATIENCE)
     assert [image.batch_index for image in images] == [0, 1, 2]
     assert len(stub.jobs) == 4
+
+
+@pytest.mark.parametrize("worker", ["auto", "worker-comfyui"])
+def test_results_that_are_always_lost_are_not_paid_for_again_and_again(
+    make: Make, stub: RunPodStub, server: DevServer, worker: str
+) -> None:
+    stub.faults.lose_result(times=9)
+    run = make(worker).submit_workflow(bench(), num_samples=3, ignore_errors=True)
+    assert list(run) == []
+    assert {type(error) for error in run.errors.values()} == {JobResultLostError}
+    # All together, and one by one; where it is not sure whose worker it is, one tells enough.
+    assert len(stub.jobs) == (4 if worker == "worker-comfyui" else 2)
 
 
 @pytest.mark.parametrize("worker", ["auto", "worker-comfyui", "comfy-executors"])
