@@ -21,6 +21,9 @@ _TAGGED = re.compile(r"([0-9a-f]{8}x(\d+)x\d+)_")
 # What is left of an image in PNG, and four characters of base64 for three bytes.
 _BYTES_PER_PIXEL = 3 * 0.7 * 4 / 3
 _DEFAULT_PIXELS = 1024 * 1024
+_PIXELS_PER_BYTE = 3  # of a photograph as JPEG or WebP
+_MODEL_FACTOR = re.compile(r"(?<![0-9])([2-8])x|x([2-8])(?![0-9])", re.IGNORECASE)
+_USUAL_FACTOR = 4
 _SAVES = re.compile(r"save|write|export|output|combine|video|websocket", re.IGNORECASE)
 
 
@@ -132,10 +135,11 @@ def estimate_bytes(graph: Graph, size: int, inputs: Collection[bytes] = ()) -> i
     """
     largest = max((_pixels(node["inputs"]) for node in graph.values()), default=0)
     if not largest:
-        known = [_png_pixels(data) for data in inputs]
-        largest = max(known) if known and all(known) else _DEFAULT_PIXELS
+        largest = max(map(_image_pixels, inputs), default=0) or _DEFAULT_PIXELS
+    sizes = [node["inputs"].get("batch_size") for node in graph.values()]
+    count = max([size, *(number for number in sizes if isinstance(number, int))])
     savers = sum(_PREFIX_INPUT in node["inputs"] for node in graph.values())
-    return int(largest * _scale(graph) * _BYTES_PER_PIXEL * size * max(1, savers))
+    return int(largest * _scale(graph) * _BYTES_PER_PIXEL * count * max(1, savers))
 
 
 def _pixels(inputs: Mapping[str, object]) -> int:
@@ -143,10 +147,10 @@ def _pixels(inputs: Mapping[str, object]) -> int:
     return width * height if isinstance(width, int) and isinstance(height, int) else 0
 
 
-def _png_pixels(data: bytes) -> int:
-    """Return width times height of a PNG, and 0 for anything else."""
+def _image_pixels(data: bytes) -> int:
+    """Return width times height of a PNG, and a guess for anything else."""
     if not data.startswith(b"\x89PNG\r\n\x1a\n") or len(data) < 24:
-        return 0
+        return len(data) * _PIXELS_PER_BYTE
     return int.from_bytes(data[16:20], "big") * int.from_bytes(data[20:24], "big")
 
 
@@ -155,9 +159,18 @@ def _scale(graph: Graph) -> float:
     for node in graph.values():
         for name in ("scale_by", "upscale_by"):
             factor = node["inputs"].get(name)
-            if isinstance(factor, (int, float)) and factor > 1:
+            if isinstance(factor, (int, float)) and factor > 0:
                 scale *= factor * factor
-    return scale
+        if node["class_type"] == "ImageUpscaleWithModel":
+            scale *= _model_factor(graph, node["inputs"].get("upscale_model")) ** 2
+    return max(scale, 1.0)  # what is made small may not be what is saved
+
+
+def _model_factor(graph: Graph, link: object) -> int:
+    """Guess by how much an upscale model enlarges, from its name, such as `4x-UltraSharp.pth`."""
+    loader = graph.get(link[0]) if is_link(link) else None  # type: ignore[index]
+    match = _MODEL_FACTOR.search(str(loader["inputs"].get("model_name"))) if loader else None
+    return int(match[1] or match[2]) if match else _USUAL_FACTOR
 
 
 def _repeated(graph: Graph, reference: Graph | None) -> set[str]:

@@ -138,13 +138,36 @@ def test_which_graphs_can_be_joined() -> None:
 
 
 def test_estimates() -> None:
-    one = estimate_bytes(GRAPH, 1)
-    assert one == int(512 * 256 * 2.8)
+    two = estimate_bytes(GRAPH, 1)
+    assert two == int(512 * 256 * 2.8 * 2)  # its latent says so
+    one = two / 2
     assert estimate_bytes(GRAPH, 4) == pytest.approx(4 * one, abs=4)
     upscaled = {**GRAPH, "up": node("ImageScaleBy", image=["sample", 0], scale_by=2.0)}
-    assert estimate_bytes(upscaled, 1) == pytest.approx(4 * one, abs=4)
+    assert estimate_bytes(upscaled, 4) == pytest.approx(16 * one, abs=16)
     unsized = {"s": GRAPH["save"]}
     assert estimate_bytes(unsized, 1) == int(1024 * 1024 * 2.8)
     png = b"\x89PNG\r\n\x1a\n" + bytes(8) + bytes([0, 0, 0, 100, 0, 0, 1, 0])
     assert estimate_bytes(unsized, 1, [png]) == pytest.approx(100 * 256 * 2.8, abs=2)
-    assert estimate_bytes(unsized, 1, [png, b"JPEG"]) == int(1024 * 1024 * 2.8)
+    assert estimate_bytes(unsized, 1, [png, bytes(3_000_000)]) == pytest.approx(9e6 * 2.8, abs=2)
+    assert estimate_bytes(unsized, 1, [b""]) == int(1024 * 1024 * 2.8)
+
+
+@pytest.mark.parametrize(
+    ("model", "factor"),
+    [
+        ("4x-UltraSharp.pth", 4),
+        ("RealESRGAN_x2plus.pth", 2),
+        ("folder/8x_NMKD.pth", 8),
+        ("BSRGAN.pth", 4),
+        (["9", 0], 4),
+    ],
+)
+def test_an_upscale_model_enlarges_the_estimate(model: Any, factor: int) -> None:
+    graph = {
+        "load": node("UpscaleModelLoader", model_name=model),
+        "up": node("ImageUpscaleWithModel", upscale_model=["load", 0], image=["2", 0]),
+        "save": GRAPH["save"],
+    }
+    assert estimate_bytes(graph, 1) == int(1024 * 1024 * factor**2 * 2.8)
+    halved = {**graph, "half": node("ImageScaleBy", image=["up", 0], scale_by=0.5)}
+    assert estimate_bytes(halved, 1) == int(1024 * 1024 * factor**2 * 2.8 / 4)
