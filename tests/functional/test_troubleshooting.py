@@ -392,7 +392,7 @@ def _(kit: Kit) -> Told:
     with ComfyServerWorkflowExecutor(kit.server.address, max_workers=1) as executor:
         run = submit(executor, sampler(fail="x"), num_samples=3)
         error_of(run.result)
-        return type(run.errors[2]).__name__, str(run.errors[2])
+    return type(run.errors[2]).__name__, str(run.errors[2])
 
 
 @case(
