@@ -66,6 +66,7 @@ class JobBudgets:
             self.in_queue = in_queue
             self._attempt = max(attempt, self._attempt)
             self._since = time.monotonic()
+            self._explained = float("-inf")
 
     def left(self) -> float:
         """Return what is left of the budget, in seconds, at least 0."""

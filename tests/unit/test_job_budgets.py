@@ -103,6 +103,18 @@ def test_a_queue_is_explained_every_fifteen_seconds(time: Time, told: Told) -> N
     assert budgets.until_explanation() == float("inf")
 
 
+def test_a_job_whose_worker_died_is_explained_as_soon_as_the_first_time(
+    time: Time, told: Told
+) -> None:
+    budgets = budgets_of(told, queue_timeout=300, execution_timeout=20)
+    for in_queue, seconds in ((True, 61), (False, 1), (True, 31)):
+        budgets.see(in_queue)
+        for _ in range(seconds):
+            budgets.keep()
+            time.now += 1
+    assert told.explained == [30, 45, 60, 62 + 30]
+
+
 @pytest.mark.parametrize("in_queue", [True, False])
 def test_a_budget_that_is_used_up(time: Time, told: Told, in_queue: bool) -> None:
     budgets = budgets_of(told, queue_timeout=20, execution_timeout=20)
