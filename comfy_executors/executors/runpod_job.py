@@ -125,15 +125,18 @@ class RunPodJobRun(JobRun):
     def _follow(self) -> Iterator[Settled]:
         while self._results.unsettled:
             answer = self._poll()
+            # Now, since whoever takes the results may take long over them, while the job ends.
+            is_over = self._budgets.left() <= 0
             with contextlib.closing(answer):
                 yield from self._results.take(self._events(answer.chunks))
             status = answer.status or self._ask().status
             self._budgets.see(status == IN_QUEUE)
             if not self._budgets.in_queue:
                 self._announce()
-            if not answer.chunks:
-                if status in TERMINAL:
+            if status in TERMINAL:
+                if not answer.chunks:
                     break
+            elif is_over or not answer.chunks:
                 self._budgets.keep()
         if self._results.unsettled:
             yield from self._read_result()

@@ -42,7 +42,7 @@ from comfy_executors.cli import main
 from comfy_executors.clients import http
 from comfy_executors.clients.http import DeadlineWaiter
 from comfy_executors.devserver import DevServer
-from comfy_executors.executors import runpod
+from comfy_executors.executors import job_budgets, runpod
 from comfy_executors.executors.side_by_side import AT_ONCE
 from comfy_executors.testing import RunPodStub, RunPodWorkerProcess
 
@@ -444,6 +444,46 @@ def test_a_job_whose_stream_alone_has_ended_is_not_followed_for_ever(
         with pytest.raises(JobTimeoutError, match="execution timeout of 5 s"):
             run.futures[0].result(PATIENCE)
     assert [job.status for job in bare.jobs] == ["CANCELLED"]
+
+
+def test_a_job_whose_stream_never_pauses_is_not_followed_for_ever(
+    bare: RunPodStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runpod, "_OVERTIME_SECONDS", -4.0)
+    endless = '{"status": "IN_PROGRESS", "stream": [{"output": {}}]}'
+    bare.faults.fail("GET", "/stream/*", status=200, body=endless, times=None)
+    with executor_for(bare, execution_timeout=5.0) as executor:
+        run = executor.submit_workflow(bench())
+        run.futures[0].add_done_callback(lambda _: None)
+        with pytest.raises(JobTimeoutError, match="execution timeout of 5 s"):
+            run.futures[0].result(PATIENCE)
+    assert [job.status for job in bare.jobs] == ["CANCELLED"]
+
+
+@needs_sdk
+def test_whoever_takes_long_over_an_image_costs_the_job_no_time(
+    stub: RunPodStub, server: DevServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(job_budgets, "time", clock)
+
+    def dawdle(event: Any) -> None:
+        if event.kind == "done":
+            stub.wait_for(lambda s: s.jobs[0].status == "COMPLETED", PATIENCE)
+            clock.passed = 10_000.0
+
+    with executor_for(stub) as executor:
+        delivered(executor.submit_workflow(bench(0.2), num_samples=3, on_progress=dawdle), 3)
+    assert statuses(server) == {"success": 3}
+
+
+class Clock:
+    """The clock, which can be put forward."""
+
+    passed = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.passed
 
 
 def test_a_batch_timeout_counts_for_a_job_of_the_official_worker(bare: RunPodStub) -> None:
