@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import IO, Any, NamedTuple, Protocol, TypeVar, Union, cast
 from urllib.parse import unquote, urlencode, urlsplit, urlunsplit
 
@@ -269,20 +270,29 @@ class HttpClient:
         """GET, repeated while the server is out of reach or overloaded. See `call`."""
         return self.retry(lambda: self.call("GET", path, waiter, accept=accept, **kwargs), waiter)
 
-    def retry(self, call: Callable[[], T], waiter: Waiter, *, attempts: int | None = None) -> T:
+    def retry(
+        self,
+        call: Callable[[], T],
+        waiter: Waiter,
+        *,
+        attempts: int | None = None,
+        outage_timeout: float | None = None,
+    ) -> T:
         """Repeat a call that is safe to repeat while its errors are transient.
 
         Args:
             call: The call.
             waiter: Its deadline and cancellation end the waits in between, too.
             attempts: How often to try at the most; by default `outage_timeout` decides.
+            outage_timeout: Seconds for which it is repeated, if not the client's.
 
         Raises:
             ServerError: The last error, after `outage_timeout` seconds, or at once if it is not
                 transient.
         """
         first_failure: list[float] = []
-        most = attempts or _ATTEMPTS + _ATTEMPTS_A_SECOND * self._outage_timeout
+        borne = self._outage_timeout if outage_timeout is None else outage_timeout
+        most = attempts or _ATTEMPTS + _ATTEMPTS_A_SECOND * borne
 
         def stop(state: tenacity.RetryCallState) -> bool:
             # From the first failure on: a call that waits in vain may take as long by itself.
@@ -290,26 +300,26 @@ class HttpClient:
             if not self._answered:
                 return state.attempt_number >= min(most, _ATTEMPTS_BEFORE_FIRST_ANSWER)
             outage = time.monotonic() - first_failure[0]
-            return state.attempt_number >= most or outage >= self._outage_timeout
+            return state.attempt_number >= most or outage >= borne
 
         policy = tenacity.Retrying(
             retry=tenacity.retry_if_exception(is_transient),
             stop=stop,
             wait=_wait,
             sleep=waiter.sleep,
-            before_sleep=self._tell_outage,
+            before_sleep=partial(self._tell_outage, borne),
             reraise=True,
         )
         result = policy(call)
         self._in_outage = False
         return result
 
-    def _tell_outage(self, state: tenacity.RetryCallState) -> None:
+    def _tell_outage(self, borne: float, state: tenacity.RetryCallState) -> None:
         """Say once an outage that, and how long, the server is waited for."""
         error = state.outcome.exception() if state.outcome else None
         if self._answered and not self._in_outage:
             self._in_outage = True
-            logger.warning("%s; trying again for %g s", error, self._outage_timeout)
+            logger.warning("%s; trying again for %g s", error, borne)
 
     def call(
         self,

@@ -46,6 +46,7 @@ MAX_DOCUMENT_BYTES = 64 * 1024 * 1024
 MAX_INPUT_BYTES = 200 * 1024 * 1024
 
 COLD_START_SECONDS = 300.0
+_OUTPUT_SECONDS = 60.0  # for which one output is asked for again
 _ATTEMPTS = 500  # the time is what ends them
 # How often a call is made that is answered so, where the answer may not pass.
 _FEW = {404: 3}
@@ -201,7 +202,7 @@ class ModalClient:
         return self._repeat(once, waiter)
 
     def output(self, path: str, waiter: Waiter) -> bytes:
-        """Fetch an output.
+        """Fetch an output; a call that fails is repeated for a minute.
 
         Args:
             path: Where its event says that it is, from the app's root.
@@ -213,7 +214,12 @@ class ModalClient:
         """
         if not path.startswith("/") or path.startswith("//"):
             raise ServerResponseError(f"{self.url}: an output is said to be elsewhere", self.url)
-        answer = self._repeat(lambda patience: self._http.send("GET", path, patience), waiter)
+        answer = self._repeat(
+            lambda patience: self._http.send("GET", path, patience),
+            waiter,
+            held=_OUTPUT_SECONDS,  # so that the call itself has its full time after failures
+            outage_timeout=_OUTPUT_SECONDS,
+        )
         return answer.content
 
     def health(self, waiter: Waiter) -> ModalHealth:
@@ -248,6 +254,7 @@ class ModalClient:
         *,
         held: float = 0.0,
         few: Mapping[int, int] = _FEW,
+        outage_timeout: float | None = None,
     ) -> T:
         """Make a call until it is answered, as often as its refusals are worth it.
 
@@ -256,6 +263,7 @@ class ModalClient:
             waiter: The caller's deadline.
             held: Seconds for which the app itself may hold the answer.
             few: How often a status is borne that may not pass.
+            outage_timeout: Seconds for which it is repeated, if not those of a cold start.
         """
         patience = _Patience(waiter, self.url, self._cold_start + held)
         seen: Counter[int] = Counter()
@@ -272,7 +280,9 @@ class ModalClient:
                 error.transient = error.transient and seen[status] < few.get(status, _ATTEMPTS)
                 raise
 
-        return self._http.retry(attempt, patience, attempts=_ATTEMPTS)
+        return self._http.retry(
+            attempt, patience, attempts=_ATTEMPTS, outage_timeout=outage_timeout
+        )
 
 
 class _Patience:

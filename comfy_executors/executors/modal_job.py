@@ -16,7 +16,9 @@ from comfy_executors.errors import (
     JobError,
     JobLostError,
     ServerError,
+    ServerNotReadyError,
     ServerResponseError,
+    ServerUnreachableError,
     WaitTimeoutError,
 )
 from comfy_executors.executors.control import JobControl
@@ -134,14 +136,22 @@ class ModalJobRun(JobRun):
             self._end = news
 
     def _fetch(self, output: WholeOutput, waiter: Waiter) -> bytes | None:
-        try:
-            return self._client.output(output.url or "", waiter)
-        except JobLostError as error:
-            reason: ComfyExecutorsError = error
-        except ServerResponseError as error:
-            if error.status not in (None, 404, 410):
-                raise
-            reason = error
+        while True:
+            try:
+                return self._client.output(output.url or "", waiter)
+            except ServerUnreachableError as error:
+                # As with the job's news, its own time is what ends an outage.
+                if not error.transient or self._budgets.left() <= 0:
+                    raise
+            except (JobLostError, ServerNotReadyError) as error:
+                reason: ComfyExecutorsError = error
+                break
+            except ServerResponseError as error:
+                status = error.status or 404  # or the path led elsewhere
+                if not error.transient and status < 500 and status not in (404, 410):
+                    raise
+                reason = error
+                break
         logger.warning("%s of job %s is gone: %s", output.name, self.job_id, reason)
         return None
 

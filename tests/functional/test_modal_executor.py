@@ -53,6 +53,8 @@ from comfy_executors import (
     WorkflowError,
     WorkflowTemplate,
 )
+from comfy_executors.clients import modal as modal_client
+from comfy_executors.clients.modal import ModalClient
 from comfy_executors.executors import job_budgets, modal, modal_poller
 from comfy_executors.testing import ModalEdge
 from comfy_executors.workers.comfy_process import ComfyProcess
@@ -252,6 +254,54 @@ def test_an_output_that_is_gone_costs_only_its_batch(
     assert len({result.job_id for result in results}) == 2
     assert edge.calls["submit"] == 2
     assert prompts.statuses == {"success": 5}
+
+
+@pytest.mark.usefixtures("short_pauses")
+@pytest.mark.parametrize("status", [500, 503, 429])
+def test_an_output_that_the_app_cannot_serve_costs_only_its_batch(
+    make: Make,
+    edge: ModalEdge,
+    prompts: Prompts,
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
+) -> None:
+    monkeypatch.setattr(modal_client, "_OUTPUT_SECONDS", 0.3)
+    edge.faults.fail("GET", "*/outputs/1_00001_*", status=status, times=None)
+
+    def hear(event: Any) -> None:
+        if event.kind == "retry":
+            edge.faults.clear()
+
+    run = make().submit_workflow(bench(), num_samples=4, on_progress=hear)
+    results = [future.result(PATIENCE) for future in run.futures]
+    assert [result.attempts for result in results] == [1, 2, 1, 1]
+    assert edge.calls["submit"] == 2
+    assert prompts.statuses == {"success": 5}
+
+
+def test_an_output_is_waited_for_while_nobody_is_there(
+    make: Make, edge: ModalEdge, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(modal_client, "_OUTPUT_SECONDS", 0.1)
+    given_up = threading.Event()
+    fetch = ModalClient.output
+
+    def fetched(*args: Any) -> bytes:
+        try:
+            return fetch(*args)
+        except ServerUnreachableError:
+            given_up.set()
+            raise
+
+    monkeypatch.setattr(ModalClient, "output", fetched)
+    edge.faults.reset_before("GET", "*/outputs/*", times=None)
+    run = make().submit_workflow(bench(), num_samples=2)
+    run.futures[0].add_done_callback(lambda _: None)
+    assert given_up.wait(PATIENCE)
+    edge.faults.clear()
+    delivered(run, 2)
+    assert edge.calls["submit"] == 1
+    assert prompts.statuses == {"success": 2}
 
 
 def test_a_job_that_is_restarted_delivers_nothing_twice(
