@@ -7,13 +7,18 @@ import copy
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Union
 
 from comfy_executors.clients.modal import MAX_JOBS, ModalClient
 from comfy_executors.clients.modal_answers import ModalJob
-from comfy_executors.errors import ComfyExecutorsError, WorkflowError
+from comfy_executors.errors import (
+    ComfyExecutorsError,
+    ServerError,
+    ServerNotReadyError,
+    WorkflowError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +47,8 @@ class JobPoller:
     """Tells each job's news to those who follow it.
 
     Its thread runs while there are jobs to be followed; `close` ends it at once. A job that is
-    added breaks off the call that is waiting, and is in the next one.
+    added breaks off the call that is waiting, and is in the next one. An outage ends no job that
+    was told of before: it goes on without us, and is paid for.
 
     Args:
         client: The app.
@@ -66,7 +72,8 @@ class JobPoller:
         Args:
             job_id: The job.
             deliver: Is called with the job as it is then, with its new events, or with the error
-                that keeps us from asking for it; quickly, and from the poller's thread.
+                that keeps us from asking for it; quickly, and from the poller's thread. In an
+                outage it is not called: whoever follows a job sees to its time.
         """
         with self._changed:
             followed = self._jobs.setdefault(job_id, _Followed())
@@ -111,6 +118,7 @@ class JobPoller:
     def _run(self) -> None:
         begun = float("-inf")
         gap = _LEAST_GAP
+        is_away = False
         while (cursors := self._next(begun, gap)) is not None:
             begun = time.monotonic()
             # With that many, others may wait for their turn.
@@ -120,11 +128,20 @@ class JobPoller:
             except _BrokenOffError:
                 continue
             except ComfyExecutorsError as error:
-                self._fail(cursors, error)
+                if not _may_pass(error):
+                    self._fail(cursors, error)
+                    continue
+                gap = _QUIET_GAP
+                unknown = self._never_told(cursors)
+                self._fail(unknown, error)
+                if not is_away and len(unknown) < len(cursors):
+                    logger.warning("%s; its jobs are asked for until their time is over", error)
+                    is_away = True
             except Exception as error:
                 logger.exception("the news of jobs could not be read")
                 self._fail(cursors, WorkflowError(f"the news of the job are broken: {error}"))
             else:
+                is_away = False
                 gap = _LEAST_GAP if self._hand_out(cursors, jobs) else _QUIET_GAP
 
     def _next(self, begun: float, gap: float) -> dict[str, str] | None:
@@ -168,9 +185,13 @@ class JobPoller:
                 deliver(job)
         return is_news
 
-    def _fail(self, cursors: dict[str, str], error: ComfyExecutorsError) -> None:
+    def _never_told(self, job_ids: Collection[str]) -> list[str]:
         with self._changed:
-            failed = [self._jobs.pop(job_id) for job_id in cursors if job_id in self._jobs]
+            return [name for name in job_ids if name in self._jobs and not self._jobs[name].state]
+
+    def _fail(self, job_ids: Collection[str], error: ComfyExecutorsError) -> None:
+        with self._changed:
+            failed = [self._jobs.pop(job_id) for job_id in job_ids if job_id in self._jobs]
         for followed in failed:
             for deliver in followed.followers:
                 # One for each, since a job writes its name on it.
@@ -187,6 +208,13 @@ class JobPoller:
             self._changed.notify_all()
         if interrupt is not None:
             interrupt()
+
+
+def _may_pass(error: ComfyExecutorsError) -> bool:
+    """Tell whether an error is that of an outage, or of an app that starts for longer."""
+    if isinstance(error, ServerNotReadyError):
+        return True
+    return isinstance(error, ServerError) and error.transient
 
 
 class _PollWaiter:

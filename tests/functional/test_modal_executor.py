@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ from comfy_executors import (
     ModalWorkflowExecutor,
     NodeExecutionError,
     PayloadTooLargeError,
+    ServerError,
     ServerNotReadyError,
     ServerResponseError,
     ServerUnreachableError,
@@ -425,6 +427,94 @@ def test_an_app_that_goes_away_fails_the_run(make: Make, edge: ModalEdge) -> Non
     edge.faults.stop_app("POST", "/v1/jobs/poll", 1)
     with pytest.raises(EndpointNotFoundError, match="the app is stopped"):
         run.result(PATIENCE)
+
+
+class Outage(logging.Handler):
+    """Knows when the poller has borne an outage for longer than a call may take."""
+
+    def __init__(self, edge: ModalEdge) -> None:
+        super().__init__(logging.WARNING)
+        self._edge = edge
+        self._told = threading.Event()
+        self.warnings: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.warnings.append(record.getMessage())
+        self._told.set()
+
+    def wait(self) -> None:
+        assert self._told.wait(PATIENCE)
+
+    @contextmanager
+    def begin(self, how: str = "answers 503") -> Iterator[None]:
+        if how == "refuses":
+            self._edge.faults.refuse_connections = True
+        else:
+            self._edge.faults.fail("POST", "/v1/jobs/poll", status=503, times=None)
+        yield
+        self._edge.faults.clear()
+
+
+@pytest.fixture
+def outage(edge: ModalEdge) -> Iterator[Outage]:
+    made = Outage(edge)
+    modal_poller.logger.addHandler(made)
+    yield made
+    modal_poller.logger.removeHandler(made)
+
+
+@pytest.mark.parametrize("how", ["refuses", "answers 503"])
+def test_an_outage_of_the_app_ends_no_job_that_it_has(
+    make: Make, edge: ModalEdge, prompts: Prompts, outage: Outage, how: str
+) -> None:
+    heard = Hearing()
+    executor = make(cold_start_timeout=1.5)
+    run = executor.submit_workflow(bench(0.3), num_samples=4, on_progress=heard)
+    heard.wait("started")
+    with outage.begin(how):
+        outage.wait()
+        prompts.ended(success=4)
+    delivered(run, 4)
+    assert (edge.calls["submit"], edge.calls["cancel"]) == (1, 0)
+    assert len(outage.warnings) == 1
+
+
+def test_an_outage_without_an_end_is_borne_for_the_jobs_own_time(
+    make: Make, edge: ModalEdge, prompts: Prompts, outage: Outage
+) -> None:
+    heard = Hearing()
+    executor = make(cold_start_timeout=1.0, execution_timeout=8.0)
+    run = executor.submit_workflow(bench(ENDLESS, steps=1000), on_progress=heard)
+    heard.wait("started")
+    with outage.begin(), pytest.raises(JobTimeoutError, match="execution timeout of 8 s"):
+        run.result(PATIENCE)
+    assert len(outage.warnings) == 1
+    prompts.ended(interrupted=1)
+
+
+def test_a_job_is_cancelled_in_an_outage_of_its_news(
+    make: Make, edge: ModalEdge, prompts: Prompts, outage: Outage
+) -> None:
+    heard = Hearing()
+    executor = make(cold_start_timeout=1.0)
+    run = executor.submit_workflow(bench(ENDLESS, steps=1000), on_progress=heard)
+    heard.wait("started")
+    with outage.begin():
+        outage.wait()
+        run.cancel()
+        with pytest.raises((WorkflowCancelledError, CancelledError)):
+            run.futures[0].result(PATIENCE)
+        prompts.ended(interrupted=1)
+        executor.close()
+        assert "JobPoller" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_a_job_that_was_never_told_of_is_not_waited_for(
+    make: Make, edge: ModalEdge, outage: Outage
+) -> None:
+    with outage.begin(), pytest.raises(ServerError, match=r"503|did not answer within 1 s"):
+        make(cold_start_timeout=1.0).submit_workflow(bench()).result(PATIENCE)
+    assert outage.warnings == []
 
 
 def test_a_wrong_token(edge: ModalEdge, caplog: pytest.LogCaptureFixture) -> None:
