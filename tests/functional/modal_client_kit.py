@@ -39,6 +39,10 @@ class Prompts:
 
     def __init__(self, server: DevServer) -> None:
         self.server = server
+        # What was cancelled before may still be on its way out of the queue.
+        server.wait_for(
+            lambda s: not {"running", "pending"} & {p.status for p in s.prompts}, PATIENCE
+        )
         self._before = len(server.prompts)
 
     @property
