@@ -447,8 +447,9 @@ class Outage(logging.Handler):
 
     @contextmanager
     def begin(self, how: str = "answers 503") -> Iterator[None]:
-        if how == "refuses":
-            self._edge.faults.refuse_connections = True
+        if how == "resets":
+            for method in ("GET", "POST"):
+                self._edge.faults.reset_before(method, "*", times=None)
         else:
             self._edge.faults.fail("POST", "/v1/jobs/poll", status=503, times=None)
         yield
@@ -463,18 +464,18 @@ def outage(edge: ModalEdge) -> Iterator[Outage]:
     modal_poller.logger.removeHandler(made)
 
 
-@pytest.mark.parametrize("how", ["refuses", "answers 503"])
+@pytest.mark.parametrize("how", ["resets", "answers 503"])
 def test_an_outage_of_the_app_ends_no_job_that_it_has(
     make: Make, edge: ModalEdge, prompts: Prompts, outage: Outage, how: str
 ) -> None:
     heard = Hearing()
     executor = make(cold_start_timeout=1.5)
-    run = executor.submit_workflow(bench(0.3), num_samples=4, on_progress=heard)
+    run = executor.submit_workflow(bench(0.8), num_samples=6, on_progress=heard)
     heard.wait("started")
     with outage.begin(how):
         outage.wait()
-        prompts.ended(success=4)
-    delivered(run, 4)
+        prompts.ended(success=6)
+    delivered(run, 6)
     assert (edge.calls["submit"], edge.calls["cancel"]) == (1, 0)
     assert len(outage.warnings) == 1
 
