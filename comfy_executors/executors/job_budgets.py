@@ -21,14 +21,17 @@ class JobLimits:
     """How long a job may wait and run.
 
     Args:
-        queue_timeout: Seconds that it may wait for a worker.
+        queue_timeout: Seconds that it may wait for a worker while no other job of ours begins or
+            ends.
         execution_timeout: Seconds that it may run.
         overtime: Seconds that are granted on top, for a backend that keeps the limit itself.
+        at_once: How many jobs of ours may be there at once; the others may run before it.
     """
 
     queue_timeout: float
     execution_timeout: float
     overtime: float = 0.0
+    at_once: int = 1
 
 
 class JobBudgets:
@@ -37,7 +40,7 @@ class JobBudgets:
     Args:
         control: The deadline of the waits.
         results: The job, which is named in errors, and by which explanations are told.
-        watch: Who explains the queue.
+        watch: Who explains the queue, and knows whether it moves.
         server: The address of the backend, without keys.
         limits: The budgets.
     """
@@ -67,13 +70,24 @@ class JobBudgets:
             self._attempt = max(attempt, self._attempt)
             self._since = time.monotonic()
             self._explained = float("-inf")
+            self._watch.note_move()
+
+    def end(self) -> None:
+        """Take down that the job has ended; one that never ran leaves its place to nobody."""
+        if not self.in_queue:
+            self._watch.note_move()
 
     def left(self) -> float:
-        """Return what is left of the budget, in seconds, at least 0."""
+        """Return what is left of the budget, in seconds, at least 0.
+
+        Time behind other jobs of ours that run and end is no waiting in vain: with each of them
+        the queue's budget begins anew.
+        """
         limits = self._limits
-        running = limits.execution_timeout + limits.overtime
-        budget = limits.queue_timeout if self.in_queue else running
-        return max(0.0, budget - self._seconds())
+        if self.in_queue:
+            since = max(self._since, self._watch.moved_at)
+            return max(0.0, limits.queue_timeout - (time.monotonic() - since))
+        return max(0.0, limits.execution_timeout + limits.overtime - self._seconds())
 
     def until_explanation(self) -> float:
         """Return the seconds until a queue that does not move is to be explained."""

@@ -111,6 +111,7 @@ class JobRun(abc.ABC):
             try:
                 yield from self._follow()
             finally:
+                self._budgets.end()
                 self._results.discard()
 
     @contextlib.contextmanager

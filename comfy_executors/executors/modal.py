@@ -62,7 +62,8 @@ class ModalWorkflowExecutor(ServerlessWorkflowExecutor):
         max_workers: How many jobs are kept at Modal at once.
         cold_start_timeout: Seconds within which the app must answer each call, the start of its
             web container included.
-        queue_timeout: Seconds that a job may wait for a GPU container, whose start counts.
+        queue_timeout: Seconds that a job may wait for a GPU container, whose start counts. They
+            begin anew whenever another job of this executor begins or ends.
         execution_timeout: Seconds that a job may run there.
 
     Raises:

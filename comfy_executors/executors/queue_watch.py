@@ -1,4 +1,7 @@
-"""Why the queue of a serverless backend does not move, asked of the backend now and then."""
+"""Whether the queue of a serverless backend moves, and why it does not.
+
+That it moves is seen by our own jobs; why it does not is asked of the backend now and then.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ _FRESH_SECONDS = 15.0
 
 
 class QueueWatch:
-    """Explains a queue that does not move, for all jobs of an executor together.
+    """Knows when a queue last moved, and explains one that does not, for all jobs of an executor.
 
     Args:
         ask: Asks the backend for its state, and puts that into a sentence.
@@ -32,6 +35,18 @@ class QueueWatch:
         self._lock = threading.Lock()
         self._asked = -_FRESH_SECONDS
         self._words = ""
+        self._moved_at = float("-inf")
+
+    def note_move(self) -> None:
+        """Take down that a job has left the queue for a worker, or a worker for good."""
+        with self._lock:
+            self._moved_at = time.monotonic()
+
+    @property
+    def moved_at(self) -> float:
+        """When the queue moved last, as `time.monotonic` tells it."""
+        with self._lock:
+            return self._moved_at
 
     @property
     def words(self) -> str:

@@ -70,7 +70,8 @@ class RunPodWorkflowExecutor(ServerlessWorkflowExecutor):
         batches_per_job: How many batches a job takes; None puts the whole run into one, as far as
             RunPod's limits allow. A number spreads a run over jobs, and so over workers.
         max_workers: How many jobs are kept at RunPod at once.
-        queue_timeout: Seconds that a job may wait for a worker.
+        queue_timeout: Seconds that a job may wait for a worker. They begin anew whenever another
+            job of this executor begins or ends.
         execution_timeout: Seconds that a job may run, from 5 to 7 days.
         on_uncertain_submit: What is done when a job was sent and RunPod's answer never came:
             `raise` (`SubmitUncertainError`), or `resubmit`, which may run it twice.
@@ -105,7 +106,9 @@ class RunPodWorkflowExecutor(ServerlessWorkflowExecutor):
         self._client = RunPodClient(endpoint_id, api_key, base_url)
         self.endpoint_id = endpoint_id
         self.url = self._client.url
-        self._limits = JobLimits(queue_timeout, execution_timeout, _OVERTIME_SECONDS)
+        self._limits = JobLimits(
+            queue_timeout, execution_timeout, _OVERTIME_SECONDS, at_once=self.max_workers
+        )
         self._resubmits = on_uncertain_submit == "resubmit"
         self._watch = QueueWatch(lambda waiter: describe(self._client.health(waiter)))
         self._found_worker: str | None = None

@@ -22,6 +22,7 @@ from comfy_executors.clients.runpod_answers import (
     RunPodStatus,
     RunPodStream,
 )
+from comfy_executors.clients.runpod_payload import TTL_SECONDS
 from comfy_executors.errors import (
     ComfyExecutorsError,
     ServerError,
@@ -96,13 +97,15 @@ class RunPodJobRun(JobRun):
             ServerError, PayloadTooLargeError: RunPod did not take it.
         """
         self._control.limit(0.0)
-        ttl = self._limits.queue_timeout + self._limits.execution_timeout + _TTL_SLACK
+        limits = self._limits
+        # Its time in the queue counts, and others of ours may run before it.
+        ttl = limits.at_once * (limits.queue_timeout + limits.execution_timeout) + _TTL_SLACK
         for attempt in range(3):
             try:
                 job = self._client.submit(
                     request,
-                    execution_timeout=self._limits.execution_timeout,
-                    ttl=ttl,
+                    execution_timeout=limits.execution_timeout,
+                    ttl=min(ttl, TTL_SECONDS[1]),
                     waiter=self._control,
                     request_id=request_id,
                 )

@@ -559,6 +559,12 @@ def test_what_comes_before_the_queue_is_not_counted_as_waiting(make: Make, edge:
     assert edge.calls["submit"] == 1
 
 
+def test_jobs_that_wait_for_our_own_are_not_given_up(make: Make, prompts: Prompts) -> None:
+    executor = make(batches_per_job=1, queue_timeout=3.0)  # four jobs, and one container
+    delivered(executor.submit_workflow(bench(1.5), num_samples=4), 4)
+    assert prompts.statuses == {"success": 4}
+
+
 def test_a_job_that_runs_too_long(make: Make, prompts: Prompts) -> None:
     run = make(execution_timeout=0.5).submit_workflow(bench(ENDLESS, steps=1000), num_samples=2)
     with pytest.raises(JobTimeoutError, match=r"execution timeout of 0\.5 s") as caught:

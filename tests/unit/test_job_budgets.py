@@ -28,12 +28,12 @@ class Told:
     unsettled = (3, 4)
 
     def __init__(self, time: Time) -> None:
-        self._time = time
+        self.time = time
         self.explained: list[float] = []
 
     def tell(self, kind: str, number: int, message: str) -> None:
         assert (kind, number, message) == ("waiting", 3, "no GPU")
-        self.explained.append(self._time.now - 1000.0)
+        self.explained.append(self.time.now - 1000.0)
 
 
 class Watch:
@@ -41,8 +41,13 @@ class Watch:
 
     words = ""
 
-    def __init__(self) -> None:
+    def __init__(self, time: Time) -> None:
+        self._time = time
+        self.moved_at = float("-inf")
         self.given: list[float] = []
+
+    def note_move(self) -> None:
+        self.moved_at = self._time.now
 
     def explain(self, waiter: Any, seconds: float) -> str:
         self.given.append(seconds)
@@ -62,8 +67,8 @@ def told(time: Time) -> Told:
     return Told(time)
 
 
-def budgets_of(told: Any, watch: Any = None, **limits: float) -> JobBudgets:
-    watch = watch or Watch()
+def budgets_of(told: Any, watch: Any = None, **limits: Any) -> JobBudgets:
+    watch = watch or Watch(told.time)
     control: Any = None
     return JobBudgets(control, told, watch, "https://x", JobLimits(**limits))
 
@@ -115,6 +120,30 @@ def test_a_job_whose_worker_died_is_explained_as_soon_as_the_first_time(
     assert told.explained == [30, 45, 60, 62 + 30]
 
 
+def test_a_queue_that_moves_is_waited_for(time: Time, told: Told) -> None:
+    """As long as the jobs before it begin and end, it is only a matter of its turn."""
+    watch = Watch(time)
+    waiting, other = (budgets_of(told, watch, queue_timeout=20, execution_timeout=50) for _ in "ab")
+    time.now += 15
+    other.see(in_queue=False)
+    assert waiting.left() == 20
+    time.now += 15
+    assert waiting.left() == 5
+    other.end()
+    assert waiting.left() == 20
+    time.now += 20
+    with pytest.raises(JobTimeoutError, match="waited 20 s for a worker"):
+        waiting.keep()
+
+
+def test_a_job_that_leaves_the_queue_unstarted_moves_nothing(time: Time, told: Told) -> None:
+    watch = Watch(time)
+    waiting, other = (budgets_of(told, watch, queue_timeout=20, execution_timeout=50) for _ in "ab")
+    time.now += 15
+    other.end()
+    assert waiting.left() == 5
+
+
 @pytest.mark.parametrize("in_queue", [True, False])
 def test_a_budget_that_is_used_up(time: Time, told: Told, in_queue: bool) -> None:
     budgets = budgets_of(told, queue_timeout=20, execution_timeout=20)
@@ -129,7 +158,7 @@ def test_a_budget_that_is_used_up(time: Time, told: Told, in_queue: bool) -> Non
 
 
 def test_an_explanation_gets_no_more_time_than_the_budget_leaves(time: Time, told: Told) -> None:
-    watch = Watch()
+    watch = Watch(time)
     budgets = budgets_of(told, watch, queue_timeout=46, execution_timeout=20)
     for passed in (10, 13, 7, 14):
         time.now += passed
@@ -144,7 +173,7 @@ def test_an_explanation_gets_no_more_time_than_the_budget_leaves(time: Time, tol
 def test_a_queue_that_nobody_asked_about_is_asked_about_for_a_second(
     time: Time, told: Told
 ) -> None:
-    watch = Watch()
+    watch = Watch(time)
     budgets = budgets_of(told, watch, queue_timeout=5, execution_timeout=20)
     time.now += 5
     with pytest.raises(JobTimeoutError, match="5 s for a worker: no GPU"):
