@@ -107,7 +107,8 @@ class RunPodStatus:
         # A handler may have the same words in its own error, but then its output is there as well.
         if self.output is None and _EXECUTION_TIMEOUT.search(text):
             return JobTimeoutError(
-                "ran longer than its execution timeout: give it more time, or less to do",
+                "ran longer than its execution timeout: give it more with execution_timeout=, or "
+                "less to do with batches_per_job=",
                 started=True,
                 job_id=self.id,
                 server=server,

@@ -110,7 +110,8 @@ class JobBudgets:
             return
         if not self.in_queue:
             raise self._timeout(
-                f"ran longer than its execution timeout of {self._limits.execution_timeout:g} s"
+                f"ran longer than its execution timeout of {self._limits.execution_timeout:g} s: "
+                "give it more with execution_timeout=, or less to do with batches_per_job="
             )
         words = self._watch.words  # who waited long enough is not kept waiting for more
         raise self._timeout(

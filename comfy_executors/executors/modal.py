@@ -64,7 +64,8 @@ class ModalWorkflowExecutor(ServerlessWorkflowExecutor):
             web container included.
         queue_timeout: Seconds that a job may wait for a GPU container, whose start counts. They
             begin anew whenever another job of this executor begins or ends.
-        execution_timeout: Seconds that a job may run there.
+        execution_timeout: Seconds that a job may run there: the whole run, without
+            `batches_per_job`.
 
     Raises:
         ValueError: The address or the token cannot be used, or an argument is out of its range.

@@ -72,7 +72,8 @@ class RunPodWorkflowExecutor(ServerlessWorkflowExecutor):
         max_workers: How many jobs are kept at RunPod at once.
         queue_timeout: Seconds that a job may wait for a worker. They begin anew whenever another
             job of this executor begins or ends.
-        execution_timeout: Seconds that a job may run, from 5 to 7 days.
+        execution_timeout: Seconds that a job may run, from 5 to 7 days: the whole run, without
+            `batches_per_job`.
         on_uncertain_submit: What is done when a job was sent and RunPod's answer never came:
             `raise` (`SubmitUncertainError`), or `resubmit`, which may run it twice.
 

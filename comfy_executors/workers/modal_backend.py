@@ -192,7 +192,10 @@ class ModalBackend(JobBackend):
         except (known.OutputExpiredError, known.NotFoundError, known.InvalidError):
             return Outcome(is_expired=True)
         except known.FunctionTimeoutError:
-            words = "ran longer than the time limit of the app's function"
+            words = (
+                "ran longer than the time limit of the app: deploy it with a larger "
+                "COMFY_MODAL_TIMEOUT, or give a job less to do with batches_per_job="
+            )
             return Outcome(failure=JobTimeoutError(words, started=True, job_id=call_id))
         except builtins.TimeoutError as error:
             # Empty, it says that the call goes on; a job that raises one itself looks the same but

@@ -127,7 +127,9 @@ class JobRunner:
                 return "cancelled"
             story.give_up(
                 JobTimeoutError(
-                    f"ran longer than the app's time limit of {self._time_limit:g} s",
+                    f"ran longer than the app's time limit of {self._time_limit:g} s: deploy it "
+                    "with a larger COMFY_MODAL_TIMEOUT, or give a job less to do with "
+                    "batches_per_job=",
                     started=True,
                     job_id=channel.call_id,
                 )

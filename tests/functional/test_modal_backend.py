@@ -58,7 +58,11 @@ def wait(coroutine: Coroutine[Any, Any, Any]) -> Any:
 @pytest.mark.parametrize(
     ("status", "kind", "words"),
     [
-        ("TIMEOUT", JobTimeoutError, "ran longer than the time limit of the app's function"),
+        (
+            "TIMEOUT",
+            JobTimeoutError,
+            "ran longer than the time limit of the app: deploy it with a larger",
+        ),
         ("TERMINATED", WorkerLostError, "its container was lost: out of memory"),
         ("INIT_FAILURE", WorkerLostError, "its container was lost"),
         ("INTERNAL_FAILURE", WorkerLostError, "its container was lost"),

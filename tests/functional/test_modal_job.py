@@ -187,7 +187,9 @@ def test_a_job_tells_that_it_ran_too_long_before_modal_ends_it(server: DevServer
     assert envelope.state == "done"
     answer = assemble(list(envelope.events), job)
     assert sorted(answer.batches) == [0]
-    assert isinstance(answer.failures[None], JobTimeoutError)
+    failure = answer.failures[None]
+    assert isinstance(failure, JobTimeoutError)
+    assert "2 s: deploy it with a larger COMFY_MODAL_TIMEOUT, or give" in str(failure)
     emptied(server, success=1)
 
 

@@ -26,10 +26,12 @@ import trustme
 from comfy_executors import (
     ComfyServerWorkflowExecutor,
     DummyWorkflowExecutor,
+    ModalWorkflowExecutor,
     RunPodWorkflowExecutor,
     WorkflowTemplate,
 )
 from comfy_executors.devserver import DevServer
+from comfy_executors.testing import ModalEdge, RunPodStub
 
 PAGE = Path(__file__).parents[2] / "docs" / "troubleshooting.md"
 _ROW = re.compile(r"^\| `(?P<message>[^`]+)` \| (?P<kind>`\w+`|a warning) \| .+ \|$", re.MULTILINE)
@@ -377,6 +379,26 @@ def _(kit: Kit) -> Told:
 @case("the batch_timeout of … s passed")
 def _(kit: Kit) -> Told:
     return kit.fails(sampler(seconds=20), batch_timeout=0.2)
+
+
+@case("job … ran longer than its execution timeout of … s: …")
+def _(kit: Kit) -> Told:
+    with (
+        ModalEdge.in_front_of(kit.server.address) as edge,
+        ModalWorkflowExecutor(edge.url, edge.key, edge.secret, execution_timeout=0.5) as executor,
+    ):
+        return error_of(submit(executor, sampler(seconds=20)).result)
+
+
+@case("job … waited … s for a worker: …")
+def _(kit: Kit) -> Told:
+    with (
+        RunPodStub() as stub,
+        RunPodWorkflowExecutor(
+            stub.endpoint_id, stub.api_key, stub.url, queue_timeout=1.0
+        ) as executor,
+    ):
+        return error_of(submit(executor, sampler()).result)
 
 
 @case("the run was cancelled")

@@ -151,7 +151,8 @@ def test_a_budget_that_is_used_up(time: Time, told: Told, in_queue: bool) -> Non
     time.now += 19
     budgets.keep()
     time.now += 1
-    words = "waited 20 s for a worker: no GPU" if in_queue else "execution timeout of 20 s"
+    hint = "execution timeout of 20 s: .* execution_timeout=.* batches_per_job="
+    words = "waited 20 s for a worker: no GPU" if in_queue else hint
     with pytest.raises(JobTimeoutError, match=words) as caught:
         budgets.keep()
     assert (caught.value.started, caught.value.job_id) == (not in_queue, "job-7")

@@ -195,6 +195,12 @@ def test_a_timeout_tells_whether_it_began(fields: dict[str, Any], started: bool)
     assert found.started is started
 
 
+def test_a_limit_that_runpod_keeps_says_what_to_do() -> None:
+    found = str(failure("FAILED", error="executionTimeout exceeded"))
+    assert "execution_timeout=" in found
+    assert "batches_per_job=" in found
+
+
 def test_a_lost_worker_tells_the_retries() -> None:
     found = failure("FAILED", error="job timed out after 1 retries", workerId="pod")
     assert isinstance(found, WorkerLostError)
