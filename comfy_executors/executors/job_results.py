@@ -26,6 +26,7 @@ from comfy_executors.wire import (
     News,
     Progress,
     WholeOutput,
+    is_of_unknown_kind,
 )
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,8 @@ _FETCHES = 3  # of an output whose bytes come broken
 
 class JobResults:
     """Takes a job's events, and gives each batch's result or failure once.
+
+    Events of kinds that are not known are passed over: a newer worker may tell more.
 
     Args:
         control: Who is told of progress.
@@ -68,6 +71,7 @@ class JobResults:
         self._made: dict[int, dict[int, WorkflowOutput]] = {}  # of batches that are not complete
         self._lost: list[str] = []
         self._told_of_others = False
+        self._told_of_unknown = False
         self.job_id: str | None = None
         self.started = False
 
@@ -120,6 +124,9 @@ class JobResults:
         yield from self._hear_all(news)
 
     def _add(self, event: Any) -> list[News]:
+        if is_of_unknown_kind(event):
+            self._tell_of_unknown(event["kind"])
+            return []
         news = self._assembler.add(event)
         self._tell_of_others(event.get("batch"))
         # The event that says so may be lost, and any other shows it as well.
@@ -136,6 +143,11 @@ class JobResults:
             self.job_id,
             number,
         )
+
+    def _tell_of_unknown(self, kind: str) -> None:
+        if not self._told_of_unknown:
+            self._told_of_unknown = True
+            logger.info("job %s told of %.40r, which this version does not know", self.job_id, kind)
 
     def discard(self) -> None:
         """Remove what was saved of batches that are not complete."""

@@ -39,6 +39,7 @@ from comfy_executors.wire.events import (
     Started,
     decode_event,
     encode_event,
+    is_of_unknown_kind,
     split,
 )
 from comfy_executors.wire.failures import decode_error, encode_error
@@ -74,5 +75,6 @@ __all__ = [
     "encode_error",
     "encode_event",
     "encode_request",
+    "is_of_unknown_kind",
     "split",
 ]

@@ -189,6 +189,12 @@ def encode_event(event: Event) -> dict[str, Any]:
     return raw
 
 
+def is_of_unknown_kind(raw: Any) -> bool:
+    """Tell whether JSON is an event of a kind that only newer versions know."""
+    kind = raw.get("kind") if isinstance(raw, Mapping) else None
+    return isinstance(kind, str) and kind not in _KINDS
+
+
 def decode_event(raw: Any) -> Event:
     """Read an event from JSON.
 

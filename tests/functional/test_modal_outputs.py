@@ -178,7 +178,7 @@ def test_what_was_told_before_a_broken_event_counts(
 ) -> None:
     job = EndedJob(edge, 8)
     at = [n for n, event in enumerate(job.events) if event["kind"] == "batch"][2] + 1
-    events = [*job.events[:at], {"kind": "nonsense"}, *job.events[at:]]
+    events = [*job.events[:at], {"kind": "batch", "outputs": "nonsense"}, *job.events[at:]]
     body = json.dumps({"jobs": {job.id: {"state": "done", "events": events}}})
     headers = {"Content-Type": "application/json"}
     edge.faults.fail("POST", "/v1/jobs/poll", status=200, body=body, headers=headers)
@@ -188,9 +188,23 @@ def test_what_was_told_before_a_broken_event_counts(
     assert set(run.errors) == {*range(8)} - told
     for error in run.errors.values():
         assert isinstance(error, ServerResponseError)
-        assert (error.job_id, "nonsense" in str(error)) == (job.id, True)
+        assert (error.job_id, "no event of a job" in str(error)) == (job.id, True)
     named = [event for event in events[:at] if event["kind"] == "output"]
     assert sum(app.asked.values()) == len(named)
+
+
+def test_events_of_a_newer_worker_are_passed_over(
+    edge: ModalEdge, executor: ModalWorkflowExecutor, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    job = EndedJob(edge, 4)
+    events = [{"kind": "forecast", "batch": 9}, *job.events[:3], {"kind": "x"}, *job.events[3:]]
+    body = json.dumps({"jobs": {job.id: {"state": "done", "events": events}}})
+    headers = {"Content-Type": "application/json"}
+    edge.faults.fail("POST", "/v1/jobs/poll", status=200, body=body, headers=headers)
+    assert len(executor.attach(job.id).result(PATIENCE)) == 4
+    assert caplog.text.count("does not know") == 1
+    assert f"job {job.id} told of 'forecast'" in caplog.text
 
 
 def test_an_output_that_comes_broken_is_fetched_again_beside_the_others(

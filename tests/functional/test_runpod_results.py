@@ -614,7 +614,8 @@ FAILURES: dict[str, tuple[Trouble, type[Exception], str]] = {
         ]}),
         ServerResponseError, "path of its own instead of a URL",
     ),
-    "no event": (answers(output=[{"kind": "surprise"}]), ServerResponseError, "no event"),
+    "no event": (answers(output=[{"kind": "end"}]), ServerResponseError, "no event"),
+    "another's events": (answers(output=[{"kind": "surprise"}]), ServerResponseError, "neither"),
     "key revoked": (refuses, AuthenticationError, "401"),
     "we cancel": (lambda stub, job_id, run: run.cancel(), WorkflowCancelledError, "cancelled"),
     "a batch": (

@@ -178,6 +178,12 @@ def test_what_is_no_event_is_an_error_of_the_server(raw: Any) -> None:
         wire.decode_event(raw)
 
 
+def test_kinds_of_a_newer_worker_are_told_from_what_is_no_event() -> None:
+    others: list[Any] = [{"kind": "end"}, {"kind": 7}, {}, None, []]
+    assert wire.is_of_unknown_kind({"kind": "surprise"})
+    assert not any(map(wire.is_of_unknown_kind, [*map(wire.encode_event, EVENTS), *others]))
+
+
 @given(st.binary(max_size=40), st.integers(1, 9))
 def test_parts_are_whole_together_and_never_too_large(data: bytes, size: int) -> None:
     parts = list(wire.split(data, size))
