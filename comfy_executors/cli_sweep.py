@@ -209,7 +209,7 @@ class _SweepDelivery:
                     include_previews=args.include_previews,
                 )
                 with contextlib.closing(sweep):
-                    self._take(sweep)
+                    self._take(sweep, getattr(executor, "url", None))
         except KeyboardInterrupt:
             interrupted = True
         self._tell_end(interrupted)
@@ -221,10 +221,12 @@ class _SweepDelivery:
                 self._ids[index] = row_id
                 yield RowCall(index, row, {"output_dir": self._results.folder_of(row_id)})
 
-    def _take(self, sweep: Iterator[RowResult]) -> None:
+    def _take(self, sweep: Iterator[RowResult], server: str | None) -> None:
         try:
             for result in sweep:
-                if isinstance(result.error, _ENDING):
+                # A worker's own server may have died of the row; the next one has a fresh one.
+                is_ours = getattr(result.error, "server", None) in (None, server)
+                if isinstance(result.error, _ENDING) and is_ours:
                     self._ended_by = result.error
                     self._tell_error(result.index, error_text(result.error))
                     return

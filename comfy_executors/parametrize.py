@@ -236,7 +236,8 @@ def _share(switch: Parameter, steps: Parameter) -> str:
     """Write the default that keeps its share of the steps, so that no model is left without any."""
     if type(switch.value) is not int or type(steps.value) is not int:
         return ""  # what a division makes of it would not be the number of the export
-    return f"({steps.name} | default({steps.value}) | int) * {switch.value} // {steps.value}"
+    count = f"({steps.name} | default({steps.value}) | int)"
+    return f"[1, {count} * {switch.value} // {steps.value}] | max"
 
 
 def _size_places(graph: Graph, name: str) -> list[Place]:
@@ -277,8 +278,19 @@ def _batch_sizes(graph: Graph) -> list[Parameter]:
         if _makes_a_batch(graph, node_id)
         for place in _places_of(graph, node_id, "batch_size")
         if type(_value(graph, place)) is int
+        and (place.node_id == node_id or _takers(graph, place.node_id) == {"batch_size"})
     ]
     return _named(graph, "batch_size", places)
+
+
+def _takers(graph: Graph, node_id: str) -> set[str]:
+    """Return what the inputs are called that a node's links lead to."""
+    return {
+        name
+        for node in graph.values()
+        for name, value in node["inputs"].items()
+        if is_link(value) and value[0] == node_id
+    }
 
 
 def _makes_a_batch(graph: Graph, node_id: str) -> bool:

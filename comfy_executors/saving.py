@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import unicodedata
 import uuid
 from pathlib import Path, PurePosixPath
@@ -114,6 +115,8 @@ def write_whole(data: bytes, target: Path, *, over: bool) -> None:
     try:
         _write_through(temporary, data)
         if over:
+            if target.exists():
+                shutil.copymode(target, temporary)
             os.replace(temporary, target)
         elif not _claim(temporary, target):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))

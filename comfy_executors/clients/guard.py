@@ -39,12 +39,18 @@ class CallGuard:
         limit: Shortens a number of seconds to what the call's deadline leaves, or raises.
         read_seconds: How long one read may wait, or the sending of one piece.
         head_seconds: How long all of an answer's head may take.
+        sending: Another `limit`, for as long as a large body is sent.
     """
 
     def __init__(
-        self, limit: Callable[[float], float], read_seconds: float, head_seconds: float
+        self,
+        limit: Callable[[float], float],
+        read_seconds: float,
+        head_seconds: float,
+        sending: Callable[[float], float] | None = None,
     ) -> None:
         self._limit = limit
+        self._sending = sending or limit
         self._read_seconds = read_seconds
         self._head_seconds = head_seconds
         self._connection: Any = None
@@ -90,6 +96,7 @@ class CallGuard:
         with _entering:
             self._connection = connection
             connection.guard = self
+        self._is_cut = False  # an auth may send the request again, within the same call
 
     def wait_for_head(self) -> None:
         """Say that the answer is read for from now on."""
@@ -104,13 +111,20 @@ class CallGuard:
         """Whether a body was not sent to its end, so that nobody can have understood it."""
         return self._is_cut
 
-    def seconds_to_wait(self) -> float:
-        """Tell for how long the next read or piece may wait; TimeoutError when the call is over."""
+    def seconds_to_send(self) -> float:
+        """Tell for how long the next piece may wait; TimeoutError when the call is over."""
+        return self._left(self._read_seconds, self._sending)
+
+    def seconds_to_read(self) -> float:
+        """Tell for how long the next read may wait; TimeoutError when the call is over."""
         left = self._read_seconds
         if self._head_until is not None:
             left = self._head_until - time.monotonic()
+        return self._left(left, self._limit)
+
+    def _left(self, left: float, limit: Callable[[float], float]) -> float:
         try:
-            left = min(left, self._limit(max(left, 0.0)))
+            left = min(left, limit(max(left, 0.0)))
         except ComfyExecutorsError as error:
             raise TimeoutError(str(error)) from error
         if self._interrupted or left <= 0:
@@ -135,7 +149,7 @@ class _GuardedIO(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        _shorten(self._sock, self._guard.seconds_to_wait())
+        _shorten(self._sock, self._guard.seconds_to_read())
         return self._raw.readinto(buffer)
 
     def close(self) -> None:
@@ -170,7 +184,7 @@ class _Guarded:
             return
         try:
             for start in range(0, len(data), _BUFFER_BYTES):
-                _shorten(self.sock, guard.seconds_to_wait())
+                _shorten(self.sock, guard.seconds_to_send())
                 send(memoryview(data)[start : start + _BUFFER_BYTES])
         except OSError:
             guard.sending_failed()  # which urllib3 may pass over, to look for an answer

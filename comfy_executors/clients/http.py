@@ -43,6 +43,7 @@ Auth = Union[tuple[str, str], AuthBase]
 
 CONNECT_SECONDS = 10.0
 READ_SECONDS = 30.0  # a ComfyUI server that loads a model can be silent for tens of seconds
+SLOWEST_UPLOAD = 50_000  # bytes a second, at which a call may take longer than others
 _CHUNK_BYTES = 1 << 20
 _LEAST_SECRET = 4  # what is shorter is no key, and stands in any text
 _PLAIN_PATH = re.compile(r"(/[A-Za-z0-9_~-]*)+")  # that nothing has to be quoted in
@@ -361,15 +362,21 @@ class HttpClient:
         return answer
 
     def _exchange(
-        self, request: requests.Request, waiter: Waiter, into: IO[bytes] | None = None
+        self,
+        request: requests.Request,
+        waiter: Waiter,
+        into: IO[bytes] | None = None,
+        sender: Waiter | None = None,
     ) -> Answer:
+        """Make one call, whatever its answer; `sender` counts for as long as its body is sent."""
+        sender = sender or waiter
         head_seconds = self._head_seconds or READ_SECONDS
         # Zero would be an error, not a short time.
         timeout = (
             max(waiter.limit(CONNECT_SECONDS), 0.01),
             max(waiter.limit(head_seconds), 0.01),
         )
-        guard = CallGuard(waiter.limit, READ_SECONDS, head_seconds)
+        guard = CallGuard(waiter.limit, READ_SECONDS, head_seconds, sender.limit)
         try:
             prepared = self._prepare(request)
             with (
@@ -391,7 +398,8 @@ class HttpClient:
                             self._session.cookies, each.request, each.raw
                         )
         except requests.RequestException as error:
-            waiter.limit(READ_SECONDS)  # a deadline or a cancellation is its own error
+            # A deadline or a cancellation is its own error.
+            (sender if guard.is_cut else waiter).limit(READ_SECONDS)
             raise self._unreachable(error, guard.is_cut) from error
         answer = Answer(response.status_code, response.headers, b"".join(pieces))
         expected = answer.headers.get("content-length", "")

@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import quote, urlsplit
 
-from comfy_executors.clients.http import Answer, Waiter, parse_address
+from comfy_executors.clients.http import SLOWEST_UPLOAD, Answer, Waiter, parse_address
 from comfy_executors.clients.modal_answers import (
     ModalHealth,
     ModalJob,
@@ -130,7 +130,8 @@ class ModalClient:
             kind = "application/octet-stream"
             return self._http.send("PUT", path, patience, body=data, content_type=kind)
 
-        self._repeat(once, waiter)
+        # The edge itself cuts a call at 150 s.
+        self._repeat(once, waiter, held=min(150.0, len(data) / SLOWEST_UPLOAD))
 
     def job(self, job_id: str, waiter: Waiter, *, cursor: str = "", wait: float = 0.0) -> ModalJob:
         """Ask for one job, with its batches and its events after a cursor.

@@ -15,7 +15,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import quote
 
-from comfy_executors.clients.http import Answer, DeadlineWaiter, Waiter, parse_address
+from comfy_executors.clients.http import (
+    SLOWEST_UPLOAD,
+    Answer,
+    DeadlineWaiter,
+    Waiter,
+    parse_address,
+)
 from comfy_executors.clients.runpod_answers import (
     FAILED,
     TIMED_OUT,
@@ -52,7 +58,6 @@ STREAM_WAIT_SECONDS = (1.0, 45.0)  # RunPod takes up to 300, longer than connect
 
 _ENDPOINT_ID = re.compile(r"[A-Za-z0-9_-]+")
 _SUBMIT_SECONDS = 30.0
-_SLOWEST_UPLOAD = 50_000  # bytes a second that a job may take more time for
 # Left for the way back: an answer that comes after the deadline loses its chunks.
 _ANSWER_SECONDS = 1.0
 _EARLY_SECONDS = 5.0
@@ -349,8 +354,11 @@ class RunPodClient:
         limiter = self._limiter["run"]
         with limiter.turn(waiter):
             try:
-                seconds = _SUBMIT_SECONDS + len(body) / _SLOWEST_UPLOAD
-                answer = self._http.post("/run", body, DeadlineWaiter(seconds), accept=(413,))
+                seconds = _SUBMIT_SECONDS + len(body) / SLOWEST_UPLOAD
+                # What was sent whole may be queued: its answer is waited for, whatever happens.
+                answer = self._http.post(
+                    "/run", body, DeadlineWaiter(seconds), sender=waiter, accept=(413,)
+                )
             except WaitTimeoutError as error:
                 raise self._uncertain(str(error), request_id) from error
             except ServerError as error:

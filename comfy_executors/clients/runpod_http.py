@@ -34,16 +34,25 @@ class RunPodHttp(HttpClient):
         self._session.mount(self.base_url, self._adapter)
 
     def post(
-        self, path: str, body: bytes, waiter: Waiter, *, accept: tuple[int, ...] = ()
+        self,
+        path: str,
+        body: bytes,
+        waiter: Waiter,
+        *,
+        sender: Waiter,
+        accept: tuple[int, ...] = (),
     ) -> Answer:
-        """POST a body of JSON that was measured, once. See `call`."""
+        """POST a body of JSON that was measured, once.
+
+        See `call`. Until all of it was sent, `sender` may break it off; then `waiter` alone counts.
+        """
         request = requests.Request(
             "POST",
             self.base_url + path,
             data=body,
             headers={"Content-Type": "application/json"},
         )
-        answer = self._exchange(request, waiter)
+        answer = self._exchange(request, waiter, sender=sender)
         if answer.status != 200 and answer.status not in accept:
             raise self._refusal(f"POST {path}", answer)
         self._answered = True

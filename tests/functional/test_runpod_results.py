@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 import threading
@@ -11,12 +12,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 from runpod_worker import HandWorker, client_of, needs_sdk, submit
-from server_kit import PATIENCE, bench, loading, statuses
+from server_kit import PATIENCE, bench, bench_graph, loading, statuses
 
 from comfy_executors import (
     AuthenticationError,
@@ -30,6 +32,7 @@ from comfy_executors import (
     RunPodWorkflowExecutor,
     ServerError,
     ServerResponseError,
+    ServerUnreachableError,
     WorkflowCancelledError,
     WorkflowError,
     WorkflowTemplate,
@@ -571,6 +574,28 @@ def test_no_more_jobs_than_max_workers_are_at_runpod(bare: RunPodStub) -> None:
 
 
 # Whose error it is.
+
+
+def test_rows_whose_worker_lost_its_comfyui_end_no_sweep(
+    bare: RunPodStub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.setenv("RUNPOD_API_KEY", bare.api_key)
+    monkeypatch.setenv("RUNPOD_ENDPOINT_BASE_URL", bare.url)
+    (tmp_path / "t.json").write_text(json.dumps(bench_graph(text="{{ prompt }}")))
+    (tmp_path / "rows.csv").write_text("prompt\nfox\nowl\nhare\n")
+    files = ["--vars", str(tmp_path / "rows.csv"), "--output", str(tmp_path / "out")]
+    comfyui = "http://127.0.0.1:8188"
+    error = ServerUnreachableError(f"{comfyui} cannot be reached", server=comfyui)
+    dies = yields(STARTED, wire.Failed(1, 1, 0, error), wire.End(2, 1, 0, 0, 1))
+    with ThreadPoolExecutor(1) as pool:
+        sweeping = pool.submit(
+            main, ["run", str(tmp_path / "t.json"), "--runpod", bare.endpoint_id, *files]
+        )
+        for _ in range(3):
+            dies(bare, taken(bare)["id"], None)
+        assert sweeping.result(PATIENCE) == 1
+    assert len(bare.jobs) == 3
+    assert "3 rows failed" in capfd.readouterr().err
 
 
 Trouble = Callable[[RunPodStub, str, Any], object]

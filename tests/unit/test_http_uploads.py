@@ -6,11 +6,12 @@ import contextlib
 import socket
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import pytest
 from requests.auth import HTTPDigestAuth
 
+from comfy_executors import RunPodWorkflowExecutor, WorkflowTemplate
 from comfy_executors.clients import http
 from comfy_executors.clients.http import DeadlineWaiter, HttpClient
 from comfy_executors.clients.runpod import RunPodClient
@@ -129,6 +130,60 @@ def test_an_auth_that_answers_a_401_sends_the_whole_body_again(peer: Peer) -> No
         client.call("POST", "/x", DeadlineWaiter(PATIENCE), json=[BODY.decode()])
         first, second = serving.result(PATIENCE)
     assert first == second > len(BODY)
+
+
+def test_a_body_that_an_auth_sent_again_may_have_been_received(peer: Peer) -> None:
+    challenge = b'401 No\r\nWWW-Authenticate: Digest realm="r", nonce="n", qop="auth"'
+
+    def serve() -> int:
+        connection = peer.accept()
+        connection.recv(65536)
+        # Nobody reads the rest, which cannot be sent then; the answer is there all the same.
+        connection.sendall(ANSWER % (challenge + b"\r\nConnection: close", 2, b"{}"))
+        connection.shutdown(socket.SHUT_WR)
+        connection.close()
+        connection = peer.accept()
+        _, got = read_request(connection)
+        connection.close()
+        return got
+
+    client = HttpClient(peer.url, auth=HTTPDigestAuth("me", "secret"))
+    with ThreadPoolExecutor(1) as pool, contextlib.closing(client):
+        serving = pool.submit(serve)
+        with pytest.raises(ServerUnreachableError) as caught:
+            client.call("POST", "/x", DeadlineWaiter(PATIENCE), json=[BODY.decode()])
+        assert serving.result(PATIENCE) > len(BODY)
+    assert caught.value.maybe_received
+
+
+def test_a_cancelled_job_is_not_sent_to_its_end(peer: Peer) -> None:
+    cancelled = threading.Event()
+
+    def serve() -> tuple[int, bool]:
+        connection = peer.accept()
+        got = len(connection.recv(65536))
+        run.cancel()
+        cancelled.set()
+        while data := connection.recv(65536):  # a slow line
+            got += len(data)
+            threading.Event().wait(0.01)
+        return got, not data
+
+    template = WorkflowTemplate.from_graph(
+        {"1": {"class_type": "SaveImage", "inputs": {"text": "x" * 8_000_000}}}
+    )
+    with ThreadPoolExecutor(1) as pool:
+        executor = RunPodWorkflowExecutor(
+            "endpoint", "key", f"{peer.url}/v2", worker="comfy-executors"
+        )
+        run = executor.submit_workflow(template)
+        serving = pool.submit(serve)
+        run.futures[0].add_done_callback(lambda _: None)
+        with pytest.raises(CancelledError):
+            run.result(PATIENCE)
+        executor.close()
+        got, _ = serving.result(PATIENCE)
+    assert got < 8_000_000
 
 
 def test_a_job_of_which_a_part_was_sent_is_submitted_again(peer: Peer) -> None:

@@ -169,6 +169,7 @@ def steps_of(rendered: Any) -> list[list[Any]]:
         ({"steps": 8}, 8, 4),
         ({"steps": 41}, 41, 20),
         ({"steps": "8"}, "8", 4),  # as `--var steps=8` gives it
+        ({"steps": 1}, 1, 1),  # a model without any step would only pass noise on
         ({"switch_step": 3}, 20, 3),
         ({"steps": 8, "switch_step": 6}, 8, 6),
     ],
@@ -227,6 +228,16 @@ def test_a_batch_size_in_a_node_of_its_own_is_replaced_there() -> None:
     rendered = assert_survives(graph).render(batch_size=8)
     assert rendered["90"]["inputs"]["value"] == 8
     assert rendered["5"] == graph["5"]
+
+
+def test_a_number_that_is_not_for_the_batch_size_alone_stays() -> None:
+    graph = json.loads((TESTS / "exports/api/sd15.json").read_text("utf-8"))
+    graph["90"] = {"class_type": "PrimitiveInt", "inputs": {"value": 3}}
+    graph["5"]["inputs"]["batch_size"] = ["90", 0]
+    graph["3"]["inputs"]["steps"] = ["90", 0]
+    template = assert_survives(graph)
+    assert "batch_size" not in template.variables
+    assert template.defaults["steps"] == 3
 
 
 @pytest.mark.parametrize("value", [["91", 0], 2.0, "3"])
