@@ -121,7 +121,9 @@ def test_a_file_is_not_written_over_unasked(capsys: pytest.CaptureFixture[str]) 
     assert main(["template", str(SD15), "-o", "mine.jinja"]) == 2
     assert "--force writes over it" in capsys.readouterr().err
     assert Path("mine.jinja").read_text("utf-8") == "by hand"
+    Path("mine.jinja").chmod(0o600)
     assert main(["template", str(SD15), "-o", "mine.jinja", "--force"]) == 0
+    assert Path("mine.jinja").stat().st_mode & 0o777 == 0o600
     assert Path("mine.jinja").read_text("utf-8").startswith("{# Required: batch_size.")
 
 
