@@ -238,6 +238,6 @@ def test_a_run_without_images_says_where_its_outputs_are(
         run = executor.submit(3)
         assert list(run) == []
         assert [film.name for film in run.outputs(DEADLINE)] == ["film.mp4"] * 3
-    assert [record.message for record in caplog.records] == [
+    assert [record.message for record in caplog.records if "nobody" not in record.message] == [
         "the run made no image but 3 other outputs; they are on run.outputs()"
     ]

@@ -23,6 +23,7 @@ from comfy_executors import (
     WorkflowCancelledError,
     WorkflowOutput,
     WorkflowTemplate,
+    WorkflowTimeoutError,
 )
 from comfy_executors.clients.comfyui import ComfyUIClient
 from comfy_executors.clients.http import DeadlineWaiter, HttpClient
@@ -251,8 +252,9 @@ def test_stopping_a_run_starts_none_of_its_waiting_prompts() -> None:
 def test_a_timeout_of_the_run_starts_none_of_its_waiting_prompts() -> None:
     with DevServer() as server, ComfyServerWorkflowExecutor(server.address) as executor:
         template = WorkflowTemplate.from_graph(bench_graph(ENDLESS, steps=10_000))
-        executor.submit_workflow(template, num_samples=10, timeout=1.0, ignore_errors=True)
+        run = executor.submit_workflow(template, num_samples=10, timeout=1.0, ignore_errors=True)
         ended(server, interrupted=1, deleted=3)
+    assert {type(error) for error in run.errors.values()} == {WorkflowTimeoutError}
 
 
 # What is no file.
@@ -299,7 +301,9 @@ def test_a_file_that_is_a_page_is_one() -> None:
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    # Others may come of runs of other tests, whenever they are collected.
+    names = (".plan", ".comfy_prompt")
+    return [record.getMessage() for record in caplog.records if record.name.endswith(names)]
 
 
 def test_fewer_images_than_the_batchs_size_are_told(caplog: pytest.LogCaptureFixture) -> None:
