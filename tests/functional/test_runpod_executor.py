@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from runpod_worker import needs_sdk
+from runpod_worker import client_of, needs_sdk, submit
 from server_kit import (
     ENDLESS,
     PATIENCE,
@@ -28,6 +29,7 @@ from server_kit import (
     served,
     statuses,
 )
+from worker_kit import bench_document
 
 from comfy_executors import (
     InputImageError,
@@ -42,6 +44,7 @@ from comfy_executors import (
     WorkflowCancelledError,
     WorkflowError,
     WorkflowTemplate,
+    wire,
 )
 from comfy_executors.cli import main
 from comfy_executors.clients.http import DeadlineWaiter
@@ -596,7 +599,10 @@ def test_a_job_that_is_gone_cannot_be_taken_up(make: Make, stub: RunPodStub) -> 
 def test_a_running_job_can_be_taken_up_and_cancelled(
     make: Make, stub: RunPodStub, server: DevServer
 ) -> None:
-    make().submit_workflow(bench(ENDLESS, steps=1000))
+    # By nobody who would read its stream, too: each event goes to one reader.
+    request = wire.encode_request(bench_document(1, ENDLESS, steps=1000), None)
+    with contextlib.closing(client_of(stub)) as client:
+        submit(client, **request)
     server.wait_for(lambda s: statuses(s)["running"] == 1, PATIENCE)
     following = threading.Event()
     run = make().attach(stub.jobs[0].id, on_progress=lambda event: following.set())
