@@ -110,9 +110,11 @@ def press(browser: Chrome, *keys: str) -> None:
         browser.switch_to.active_element.send_keys(key)
 
 
+FOCUSED = "[...document.querySelectorAll('.tile')].indexOf(document.activeElement)"
+
+
 def focused(browser: Chrome) -> int:
-    script = "[...document.querySelectorAll('.tile')].indexOf(document.activeElement)"
-    return int(browser.execute_script(f"return {script}"))
+    return int(browser.execute_script(f"return {FOCUSED}"))
 
 
 def shown(browser: Chrome) -> dict[str, str]:
@@ -178,8 +180,9 @@ def test_the_keyboard_does_all(browser: Chrome, page: Path) -> None:
     )
     assert copied == read_page(page.parent)[2].batches[0].command
     press(browser, Keys.ESCAPE)
+    # The dialog's own `close` event comes after it is closed.
     wait_for(browser, "!document.getElementById('viewer').open")
-    assert focused(browser) == 2
+    wait_for(browser, f"{FOCUSED} === 2")
 
 
 LUMINANCE = """
