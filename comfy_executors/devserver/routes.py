@@ -326,7 +326,7 @@ async def _read_form(request: web.Request) -> tuple[dict[str, str], dict[str, tu
         if not isinstance(part, BodyPartReader):
             continue  # a form within the form
         data = bytearray()
-        while chunk := await part.read_chunk():
+        while chunk := await part.read_chunk(1 << 16):
             size += len(chunk)
             if size > FEATURES["max_upload_size"]:
                 raise web.HTTPRequestEntityTooLarge(FEATURES["max_upload_size"], size)

@@ -6,6 +6,7 @@ import json
 import signal
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -163,8 +164,19 @@ def test_modals_own_signal_leaves_comfyui_empty(server: DevServer) -> None:
     def cancel(*_: Any) -> None:
         raise InputCancellation
 
+    channel = Channel()
+
+    def told() -> bool:
+        kinds = Counter(event["event"]["kind"] for event in channel.told if "event" in event)
+        return kinds == {"queued": 2, "started": 1}
+
     def send() -> None:
         server.wait_for(lambda s: statuses(s) == {"running": 1, "pending": 1}, PATIENCE)
+        with channel.changed:
+            assert channel.changed.wait_for(told, PATIENCE)
+        # Nothing comes now for a while: the main thread goes back to its wait, where Modal's
+        # exception finds it nearly always.
+        threading.Event().wait(0.5)
         signal.pthread_kill(main, signal.SIGUSR1)
 
     before = signal.signal(signal.SIGUSR1, cancel)
@@ -172,7 +184,7 @@ def test_modals_own_signal_leaves_comfyui_empty(server: DevServer) -> None:
     sender.start()
     try:
         with pytest.raises(InputCancellation):
-            runner.run(wire.encode_document(bench_document(4, ENDLESS, steps=9)), Channel())
+            runner.run(wire.encode_document(bench_document(4, ENDLESS, steps=9)), channel)
     finally:
         signal.signal(signal.SIGUSR1, before)
         sender.join()
