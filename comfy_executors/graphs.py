@@ -171,16 +171,22 @@ def find_seeds(graph: Mapping[str, Any]) -> list[SeedInput]:
 
 
 def _primitive_seeds(graph: Mapping[str, Any]) -> Iterator[SeedInput]:
-    takers: dict[str, set[str]] = {}
-    for node in graph.values():
-        for name, value in node["inputs"].items():
-            if is_link(value):
-                takers.setdefault(value[0], set()).add(name)
+    takers = find_takers(graph)
     for node_id, node in graph.items():
         inputs = node["inputs"]
         is_integer = list(inputs) == ["value"] and type(inputs["value"]) is int
         if is_integer and node_id in takers and takers[node_id].issubset(_SEED_INPUTS):
             yield SeedInput(node_id, "value", inputs["value"])
+
+
+def find_takers(graph: Mapping[str, Any]) -> dict[str, set[str]]:
+    """Return, by node, what the inputs are called that its links lead to."""
+    takers: dict[str, set[str]] = {}
+    for node in graph.values():
+        for name, value in node["inputs"].items():
+            if is_link(value):
+                takers.setdefault(value[0], set()).add(name)
+    return takers
 
 
 def find_linked_seed(graph: Mapping[str, Any]) -> tuple[str, str] | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from comfy_executors.graphs import Graph, class_type, is_link, node_title
+from comfy_executors.graphs import Graph, class_type, find_takers, is_link, node_title
 from comfy_executors.prompts import find_prompts
 
 # Inputs of any node, and the variables that they become.
@@ -272,25 +272,16 @@ def _is_canvas(graph: Graph, node_id: str) -> bool:
 
 
 def _batch_sizes(graph: Graph) -> list[Parameter]:
+    takers = find_takers(graph)
     places = [
         place
         for node_id in graph
         if _makes_a_batch(graph, node_id)
         for place in _places_of(graph, node_id, "batch_size")
         if type(_value(graph, place)) is int
-        and (place.node_id == node_id or _takers(graph, place.node_id) == {"batch_size"})
+        and (place.node_id == node_id or takers[place.node_id] == {"batch_size"})
     ]
     return _named(graph, "batch_size", places)
-
-
-def _takers(graph: Graph, node_id: str) -> set[str]:
-    """Return what the inputs are called that a node's links lead to."""
-    return {
-        name
-        for node in graph.values()
-        for name, value in node["inputs"].items()
-        if is_link(value) and value[0] == node_id
-    }
 
 
 def _makes_a_batch(graph: Graph, node_id: str) -> bool:

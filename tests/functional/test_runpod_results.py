@@ -434,30 +434,22 @@ def test_a_job_that_outlasts_its_execution_timeout_is_cancelled(
     assert [job.status for job in bare.jobs] == ["CANCELLED"]
 
 
-def test_a_job_whose_stream_alone_has_ended_is_not_followed_for_ever(
-    bare: RunPodStub, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "stream",
+    [
+        pytest.param('{"status": "COMPLETED", "stream": []}', id="alone has ended"),
+        pytest.param('{"status": "IN_PROGRESS", "stream": [{"output": {}}]}', id="never pauses"),
+    ],
+)
+def test_a_job_with_a_strange_stream_is_not_followed_for_ever(
+    bare: RunPodStub, monkeypatch: pytest.MonkeyPatch, stream: str
 ) -> None:
     monkeypatch.setattr(runpod, "_OVERTIME_SECONDS", -4.0)
-    ended = '{"status": "COMPLETED", "stream": []}'
-    bare.faults.fail("GET", "/stream/*", status=200, body=ended, times=None)
+    bare.faults.fail("GET", "/stream/*", status=200, body=stream, times=None)
     with executor_for(bare, execution_timeout=5.0) as executor:
         run = executor.submit_workflow(bench())
         run.futures[0].add_done_callback(lambda _: None)
         taken(bare)
-        with pytest.raises(JobTimeoutError, match="execution timeout of 5 s"):
-            run.futures[0].result(PATIENCE)
-    assert [job.status for job in bare.jobs] == ["CANCELLED"]
-
-
-def test_a_job_whose_stream_never_pauses_is_not_followed_for_ever(
-    bare: RunPodStub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(runpod, "_OVERTIME_SECONDS", -4.0)
-    endless = '{"status": "IN_PROGRESS", "stream": [{"output": {}}]}'
-    bare.faults.fail("GET", "/stream/*", status=200, body=endless, times=None)
-    with executor_for(bare, execution_timeout=5.0) as executor:
-        run = executor.submit_workflow(bench())
-        run.futures[0].add_done_callback(lambda _: None)
         with pytest.raises(JobTimeoutError, match="execution timeout of 5 s"):
             run.futures[0].result(PATIENCE)
     assert [job.status for job in bare.jobs] == ["CANCELLED"]
